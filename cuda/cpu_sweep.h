@@ -1,0 +1,403 @@
+// Sweeps over time on the CPU, for any cell: time outermost, then the rows of one step, then channels in packs.
+// Rows of one step are neighbours in memory, so each step reads and writes whole contiguous stretches.
+#pragma once
+
+#include "arguments.h"
+
+// Runs task(argument, i) for every i in [0, n), on several threads.
+typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
+
+// `Io` is the type of x, u and h; `Saved` that of the states kept for the backward; bit i of `wide` says that input i
+// is stored in the type of the state.
+template <class Cell, class Io, class Saved, unsigned wide>
+struct CpuSweep {
+  typedef typename Storage<Io>::acc acc;
+  typedef Vec<acc, SRU_VECTOR_BYTES / sizeof(acc)> real;
+  typedef RecurrenceArguments<Cell> Given;
+
+  // The part of the work that one task does: sequences and directions [first, last), channels [from, to).
+  struct Part {
+    index_t first, last, from, to;
+  };
+
+  // One (step, sequence, direction): which rows it reads, and what happens to the state there.
+  struct Place {
+    index_t row, sequence, direction, state;  // `state` is the row in (D, B, d)
+    bool padded, starts_anew;
+
+    SRU_MEMBER Place(const Given &a, index_t s, index_t n) {
+      const index_t b = n / a.D, q = n - b * a.D, t = q ? a.L - 1 - s : s;
+      const index_t length = a.lengths ? clamp(a.lengths[b], 0, a.L) : a.L;
+      // A boundary stands before step t; the reverse direction crosses it on its way from t to t - 1.
+      const index_t boundary = q ? t + 1 : t;
+      row = (t * a.B + b) * a.D + q;
+      sequence = n;
+      direction = q;
+      state = q * a.B + b;
+      padded = t >= length || (a.mask && a.mask[t * a.B + b]);
+      starts_anew = a.reset && boundary < length && t < length && a.reset[boundary * a.B + b];
+    }
+  };
+
+  SRU_FN index_t clamp(index_t i, index_t low, index_t high) { return i < low ? low : i > high ? high : i; }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Rows
+
+  template <bool whole, class T>
+  SRU_FN real get(const T *p, int n) {
+    return whole ? load<real>(p) : load_part<real>(p, n);
+  }
+  template <bool whole, class T>
+  SRU_FN void put(T *p, real a, int n) {
+    whole ? store(p, a) : store_part(p, a, n);
+  }
+
+  // Calls body(j, n, whole) for each pack of channels; the last one may be part of a pack.
+  template <class Body>
+  SRU_FN void for_channels(const Part &part, Body body) {
+    index_t j = part.from;
+    for (; j + real::width <= part.to; j += real::width) body.template operator()<true>(j, real::width);
+    if (j < part.to) body.template operator()<false>(j, int(part.to - j));
+  }
+
+  template <class To, class From>
+  struct CopyRow {
+    To *to;
+    const From *from;  // null: zeros
+    template <bool whole>
+    SRU_MEMBER void operator()(index_t j, int n) const {
+      put<whole>(to + j, from ? get<whole>(from + j, n) : real(0), n);
+    }
+  };
+  template <class To, class From>
+  SRU_FN void copy_row(const Part &part, To *to, const From *from) {
+    for_channels(part, CopyRow<To, From>{to, from});
+  }
+
+  // What step() and gradient() are given at one place, as pointers to rows.
+  struct Reader {
+    const Io *gate[SRU_AT_LEAST_ONE(Cell::n_gates)];
+    const void *input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    const acc *per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], *param[SRU_AT_LEAST_ONE(Cell::n_params)];
+    real constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
+
+    SRU_MEMBER Reader(const Given &a, const Place &at) {
+      for (int i = 0; i < Cell::n_gates; i++) gate[i] = (const Io *)a.gate[i].data + at.row * a.gate[i].stride;
+      for (int i = 0; i < Cell::n_inputs; i++)
+        input[i] = is_wide(i) ? (const void *)((const acc *)a.input[i].data + at.row * a.input[i].stride)
+                              : (const void *)((const Io *)a.input[i].data + at.row * a.input[i].stride);
+      for (int i = 0; i < Cell::n_per_sequence; i++)
+        per_sequence[i] = (const acc *)a.per_sequence[i].data + at.sequence * a.per_sequence[i].stride;
+      for (int i = 0; i < Cell::n_params; i++)
+        param[i] = (const acc *)a.param[i].data + at.direction * a.param[i].stride;
+      for (int i = 0; i < Cell::n_constants; i++) constant[i] = real(a.constant[i]);
+    }
+  };
+  SRU_FN bool is_wide(int i) { return (wide >> i) & 1; }
+
+  // The same at one pack of channels, as numbers.
+  template <bool whole>
+  struct Values {
+    real gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    real per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
+
+    SRU_MEMBER Values(const Reader &from, index_t j, int n) {
+      for (int i = 0; i < Cell::n_gates; i++) gate[i] = get<whole>(from.gate[i] + j, n);
+      for (int i = 0; i < Cell::n_inputs; i++)
+        input[i] = is_wide(i) ? get<whole>((const acc *)from.input[i] + j, n)
+                              : get<whole>((const Io *)from.input[i] + j, n);
+      for (int i = 0; i < Cell::n_per_sequence; i++) per_sequence[i] = get<whole>(from.per_sequence[i] + j, n);
+      for (int i = 0; i < Cell::n_params; i++) param[i] = get<whole>(from.param[i] + j, n);
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Forward
+
+  struct StepRow {
+    const Reader &from;
+    const acc *const *prev;  // null rows: zeros
+    acc *const *next;
+    Io *h;  // null: not wanted
+
+    template <bool whole>
+    SRU_MEMBER void operator()(index_t j, int n) const {
+      const Values<whole> in(from, j, n);
+      real state[Cell::n_state], new_state[Cell::n_state], new_h;
+      for (int i = 0; i < Cell::n_state; i++) state[i] = prev[i] ? get<whole>(prev[i] + j, n) : real(0);
+      Cell::template step<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, new_state, &new_h);
+      for (int i = 0; i < Cell::n_state; i++) put<whole>(next[i] + j, new_state[i], n);
+      if (h) put<whole>(h + j, new_h, n);
+    }
+  };
+
+  // One step of one row: from the states `prev` to the states `next`, which may be the same rows.
+  SRU_FN void step_row(const Given &a, const Place &at, const Part &part, const acc *const *prev, acc *const *next,
+                       Io *h) {
+    const acc *start[Cell::n_state];
+    for (int i = 0; i < Cell::n_state; i++) start[i] = at.starts_anew ? nullptr : prev[i];
+    if (!at.padded) {
+      for_channels(part, StepRow{Reader(a, at), start, next, h});
+      return;
+    }
+    for (int i = 0; i < Cell::n_state; i++)
+      if (start[i] != next[i]) copy_row(part, next[i], start[i]);
+    if (h) copy_row(part, h, (const Io *)nullptr);
+  }
+
+  static void forward(const ForwardArguments<Cell> &f, const Part &part) {
+    const Given &a = f.given;
+    const index_t rows = a.B * a.D;
+    // States kept at every step in their own type are carried in the place where they are kept.
+    const bool in_place = a.every == 1 && same<Saved, acc>;
+    for (index_t s = 0; s < a.L || s == 0; s++) {
+      for (index_t n = part.first; n < part.last; n++) {
+        acc *prev[Cell::n_state], *next[Cell::n_state];
+        for (int i = 0; i < Cell::n_state; i++) {
+          const index_t b = n / a.D, q = n - b * a.D, place = q * a.B + b;
+          acc *last = (acc *)f.c_last[i] + place * a.d;
+          prev[i] = in_place && a.L ? (acc *)f.saved[i] + (s * rows + n) * a.d : last;
+          next[i] = in_place && s + 1 < a.L ? (acc *)f.saved[i] + ((s + 1) * rows + n) * a.d : last;
+          const acc *c0 = (const acc *)a.c0[i];
+          if (s == 0 && prev[i] != c0 + place * a.d) copy_row(part, prev[i], c0 ? c0 + place * a.d : nullptr);
+          if (!in_place && a.every && a.L && s % a.every == 0)
+            copy_row(part, (Saved *)f.saved[i] + (s / a.every * rows + n) * a.d, (const acc *)prev[i]);
+        }
+        if (a.L == 0) continue;
+        const Place at(a, s, n);
+        step_row(a, at, part, prev, next, (Io *)f.h + at.row * a.d);
+      }
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Backward
+
+  // Where the gradients of one place go; null rows are not wanted.
+  struct Writer {
+    Io *gate[SRU_AT_LEAST_ONE(Cell::n_gates)];
+    void *input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    acc *per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], *param[SRU_AT_LEAST_ONE(Cell::n_params)];
+
+    SRU_MEMBER Writer(const BackwardArguments<Cell> &f, const Place &at) {
+      for (int i = 0; i < Cell::n_gates; i++)
+        gate[i] = f.dgate[i].data ? (Io *)f.dgate[i].data + at.row * f.dgate[i].stride : nullptr;
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = at.row * f.dinput[i].stride;
+        input[i] = !f.dinput[i].data ? nullptr
+                   : is_wide(i)      ? (void *)((acc *)f.dinput[i].data + offset)
+                                     : (void *)((Io *)f.dinput[i].data + offset);
+      }
+      for (int i = 0; i < Cell::n_per_sequence; i++) {
+        const Slot &to = f.dper_sequence[i];
+        per_sequence[i] = to.data ? (acc *)to.data + at.sequence * to.stride : nullptr;
+      }
+      for (int i = 0; i < Cell::n_params; i++)
+        param[i] = f.dparam[i].data ? partial_row(f, at.sequence, i) : nullptr;
+    }
+  };
+  SRU_FN acc *partial_row(const BackwardArguments<Cell> &f, index_t sequence, int i) {
+    return (acc *)f.partial + (sequence * Cell::n_params + i) * f.given.d;
+  }
+
+  template <class State>
+  struct GradientRow {
+    const Reader &from;
+    const Writer &to;
+    const State *const *prev;  // null rows: zeros
+    const Io *dh;
+    acc *const *dstate;
+    bool starts_anew;
+
+    template <bool whole>
+    SRU_MEMBER void operator()(index_t j, int n) const {
+      const Values<whole> in(from, j, n);
+      real state[Cell::n_state], dnew_state[Cell::n_state], dold_state[Cell::n_state];
+      real dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+      real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
+      for (int i = 0; i < Cell::n_state; i++) {
+        state[i] = prev[i] ? get<whole>(prev[i] + j, n) : real(0);
+        dnew_state[i] = get<whole>(dstate[i] + j, n);
+      }
+      const real dnew_h = get<whole>(dh + j, n);
+      Cell::template gradient<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, dnew_state,
+                                    &dnew_h, dgate, dinput, dper_sequence, dparam, dold_state);
+      for (int i = 0; i < Cell::n_gates; i++)
+        if (to.gate[i]) put<whole>(to.gate[i] + j, dgate[i], n);
+      for (int i = 0; i < Cell::n_inputs; i++)
+        if (to.input[i]) {
+          if (is_wide(i))
+            put<whole>((acc *)to.input[i] + j, dinput[i], n);
+          else
+            put<whole>((Io *)to.input[i] + j, dinput[i], n);
+        }
+      for (int i = 0; i < Cell::n_per_sequence; i++)
+        if (to.per_sequence[i]) add<whole>(to.per_sequence[i] + j, dper_sequence[i], n);
+      for (int i = 0; i < Cell::n_params; i++)
+        if (to.param[i]) add<whole>(to.param[i] + j, dparam[i], n);
+      for (int i = 0; i < Cell::n_state; i++)
+        put<whole>(dstate[i] + j, starts_anew ? real(0) : dold_state[i], n);
+    }
+  };
+  template <bool whole>
+  SRU_FN void add(acc *p, real a, int n) {
+    put<whole>(p, get<whole>(p, n) + a, n);
+  }
+
+  // Nothing flows into a padded step but the adjoint of the state, which passes through.
+  SRU_FN void padded_row(const Part &part, const Writer &to, const Place &at, acc *const *dstate) {
+    for (int i = 0; i < Cell::n_gates; i++)
+      if (to.gate[i]) copy_row(part, to.gate[i], (const Io *)nullptr);
+    for (int i = 0; i < Cell::n_inputs; i++)
+      if (to.input[i]) {
+        if (is_wide(i))
+          copy_row(part, (acc *)to.input[i], (const acc *)nullptr);
+        else
+          copy_row(part, (Io *)to.input[i], (const Io *)nullptr);
+      }
+    for (int i = 0; i < Cell::n_state; i++)
+      if (at.starts_anew) copy_row(part, dstate[i], (const acc *)nullptr);
+  }
+
+  template <class State>
+  SRU_FN void gradient_row(const BackwardArguments<Cell> &f, index_t s, index_t n, const Part &part,
+                           const State *const *kept) {
+    const Given &a = f.given;
+    const Place at(a, s, n);
+    const Writer to(f, at);
+    acc *dstate[Cell::n_state];
+    for (int i = 0; i < Cell::n_state; i++) dstate[i] = (acc *)f.dc0[i] + at.state * a.d;
+    if (at.padded) {
+      padded_row(part, to, at, dstate);
+      return;
+    }
+    const State *prev[Cell::n_state];
+    for (int i = 0; i < Cell::n_state; i++) prev[i] = at.starts_anew ? nullptr : kept[i];
+    for_channels(part, GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate,
+                                          at.starts_anew});
+  }
+
+  // Recomputes the states before steps begin .. end - 1 into the scratch, from the one that was kept.
+  SRU_FN void recompute(const BackwardArguments<Cell> &f, index_t begin, index_t end, const Part &part) {
+    const Given &a = f.given;
+    const index_t rows = a.B * a.D;
+    for (index_t s = begin; s < end; s++)
+      for (index_t n = part.first; n < part.last; n++) {
+        acc *prev[Cell::n_state], *next[Cell::n_state];
+        for (int i = 0; i < Cell::n_state; i++) {
+          prev[i] = (acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
+          next[i] = prev[i] + rows * a.d;
+          if (s == begin)
+            copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
+        }
+        if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, nullptr);
+      }
+  }
+
+  static void backward(const BackwardArguments<Cell> &f, const Part &part) {
+    const Given &a = f.given;
+    const index_t rows = a.B * a.D;
+    for (index_t n = part.first; n < part.last; n++) {
+      const index_t b = n / a.D, q = n - b * a.D, place = (q * a.B + b) * a.d;
+      for (int i = 0; i < Cell::n_state; i++)
+        copy_row(part, (acc *)f.dc0[i] + place, f.dc_last[i] ? (const acc *)f.dc_last[i] + place : nullptr);
+      for (int i = 0; i < Cell::n_per_sequence; i++)
+        if (f.dper_sequence[i].data)
+          copy_row(part, (acc *)f.dper_sequence[i].data + n * f.dper_sequence[i].stride, (const acc *)nullptr);
+      for (int i = 0; i < Cell::n_params; i++)
+        if (f.dparam[i].data) copy_row(part, partial_row(f, n, i), (const acc *)nullptr);
+    }
+    for (index_t end = a.L; end > 0;) {
+      const index_t begin = (end - 1) / a.every * a.every;
+      if (a.every > 1) recompute(f, begin, end, part);
+      for (index_t s = end - 1; s >= begin; s--)
+        for (index_t n = part.first; n < part.last; n++) {
+          const Saved *saved[Cell::n_state];
+          const acc *states[Cell::n_state];
+          for (int i = 0; i < Cell::n_state; i++) {
+            saved[i] = (const Saved *)f.saved[i] + (s * rows + n) * a.d;
+            states[i] = (const acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
+          }
+          if (a.every > 1)
+            gradient_row(f, s, n, part, states);
+          else
+            gradient_row(f, s, n, part, saved);
+        }
+      end = begin;
+    }
+  }
+
+  // Sums the parameters' gradients over sequences, in ascending order, so that they do not depend on the tasks.
+  static void sum_partials(const BackwardArguments<Cell> &f) {
+    const Given &a = f.given;
+    for (index_t q = 0; q < a.D; q++)
+      for (int i = 0; i < Cell::n_params; i++) {
+        if (!f.dparam[i].data) continue;
+        acc *sum = (acc *)f.dparam[i].data + q * f.dparam[i].stride;
+        for (index_t j = 0; j < a.d; j++) sum[j] = 0;
+        for (index_t b = 0; b < a.B; b++) {
+          const acc *part = partial_row(f, b * a.D + q, i);
+          for (index_t j = 0; j < a.d; j++) sum[j] += part[j];
+        }
+      }
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Tasks. The results do not depend on how the work is cut.
+
+  template <class A, class B>
+  struct Same {
+    static constexpr bool value = false;
+  };
+  template <class A>
+  struct Same<A, A> {
+    static constexpr bool value = true;
+  };
+  template <class A, class B>
+  static constexpr bool same = Same<A, B>::value;
+
+  template <class Arguments>
+  struct Job {
+    const Arguments &f;
+    void (*sweep)(const Arguments &, const Part &);
+    int tasks;
+
+    static void run(void *self, int i) {
+      const Job &job = *(const Job *)self;
+      const index_t rows = job.f.given.B * job.f.given.D, d = job.f.given.d;
+      // By sequences where there are enough of them, else by channels in whole packs.
+      const bool by_rows = rows >= job.tasks;
+      const index_t packs = (d + real::width - 1) / real::width;
+      const Part part = {by_rows ? rows * i / job.tasks : 0, by_rows ? rows * (i + 1) / job.tasks : rows,
+                         by_rows ? 0 : packs * i / job.tasks * real::width,
+                         by_rows ? d : clamp(packs * (i + 1) / job.tasks * real::width, 0, d)};
+      job.sweep(job.f, part);
+    }
+  };
+
+  template <class Arguments>
+  static void run(const Arguments &f, void (*sweep)(const Arguments &, const Part &), ParallelFor parallel_for,
+                  int tasks) {
+    Job<Arguments> job = {f, sweep, tasks};
+    if (parallel_for && tasks > 1) {
+      parallel_for(Job<Arguments>::run, &job, tasks);
+    } else {
+      job.tasks = 1;
+      Job<Arguments>::run(&job, 0);
+    }
+  }
+};
+
+// The entry points of one compiled kernel.
+#define SRU_CPU_KERNEL(Cell, Io, Saved, wide)                                                                  \
+  typedef CpuSweep<Cell, Io, Saved, wide> Sweep;                                                               \
+  SRU_EXPORT void forward(const ForwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) {              \
+    Sweep::run(*f, Sweep::forward, parallel_for, tasks);                                                       \
+  }                                                                                                            \
+  SRU_EXPORT void backward(const BackwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) {            \
+    Sweep::run(*f, Sweep::backward, parallel_for, tasks);                                                      \
+    Sweep::sum_partials(*f);                                                                                   \
+  }                                                                                                            \
+  SRU_EXPORT index_t forward_size() { return sizeof(ForwardArguments<Cell>); }                                 \
+  SRU_EXPORT index_t backward_size() { return sizeof(BackwardArguments<Cell>); }

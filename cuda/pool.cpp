@@ -1,0 +1,85 @@
+// A small pool of threads for the CPU sweeps. One per process, compiled once, shared by all kernels.
+//
+// The caller works too, so a pool of n threads has n - 1 workers. A second caller who finds the pool busy does its work
+// alone. After fork() the child starts without workers and makes its own when it needs them.
+#include <pthread.h>
+#include <stddef.h>
+
+typedef void (*Task)(void *argument, int i);
+
+namespace {
+
+struct Pool {
+  pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t work = PTHREAD_COND_INITIALIZER, finished = PTHREAD_COND_INITIALIZER;
+  Task task = nullptr;
+  void *argument = nullptr;
+  int tasks = 0, next = 0, unfinished = 0, workers = 0;
+};
+
+// Never destroyed: workers may outlive the end of main(). After fork() the child takes a fresh one, because the old
+// one's condition variables still count workers that are gone.
+Pool *pool = new Pool;
+
+// Takes tasks until none is left. The lock is held on entry and on return.
+void work_off(Pool *p) {
+  while (p->next < p->tasks) {
+    const int i = p->next++;
+    const Task task = p->task;
+    void *const argument = p->argument;
+    pthread_mutex_unlock(&p->lock);
+    task(argument, i);
+    pthread_mutex_lock(&p->lock);
+    if (--p->unfinished == 0) pthread_cond_broadcast(&p->finished);
+  }
+}
+
+void *worker(void *self) {
+  Pool *const p = static_cast<Pool *>(self);
+  pthread_mutex_lock(&p->lock);
+  for (;;) {
+    work_off(p);
+    pthread_cond_wait(&p->work, &p->lock);
+  }
+  return nullptr;
+}
+
+// With the lock held. Fewer workers than wanted is no error: the caller does what they do not.
+void have_workers(Pool *p, int wanted) {
+  pthread_attr_t attributes;
+  if (p->workers >= wanted || pthread_attr_init(&attributes) != 0) return;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  pthread_t thread;
+  while (p->workers < wanted && pthread_create(&thread, &attributes, worker, p) == 0) p->workers++;
+  pthread_attr_destroy(&attributes);
+}
+
+void before_fork() { pthread_mutex_lock(&pool->lock); }
+void after_fork_in_parent() { pthread_mutex_unlock(&pool->lock); }
+void after_fork_in_child() { pool = new Pool; }
+
+struct ForkHandlers {
+  ForkHandlers() { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+} fork_handlers;
+
+}  // namespace
+
+// Runs task(argument, i) once for every i in [0, n), on up to n threads, and returns when all are done.
+extern "C" __attribute__((visibility("default"))) void parallel_for(Task task, void *argument, int n) {
+  Pool *const p = pool;
+  pthread_mutex_lock(&p->lock);
+  if (p->unfinished > 0) {
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 0; i < n; i++) task(argument, i);
+    return;
+  }
+  have_workers(p, n - 1);
+  p->task = task;
+  p->argument = argument;
+  p->tasks = p->unfinished = n;
+  p->next = 0;
+  pthread_cond_broadcast(&p->work);
+  work_off(p);
+  while (p->unfinished > 0) pthread_cond_wait(&p->finished, &p->lock);
+  pthread_mutex_unlock(&p->lock);
+}

@@ -1,0 +1,106 @@
+"""The arguments of a recurrence kernel, packed as cuda/arguments.h declares them.
+
+Every field takes eight bytes, so one `struct.Struct` per cell and pass is the whole conversion.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from .cell import Cell
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One scalar of the step function as an array: address of its first element, elements from row to row."""
+
+    pointer: int
+    stride: int
+
+
+NOT_WANTED = Slot(0, 0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What both passes are given; the fields of RecurrenceArguments."""
+
+    L: int
+    B: int
+    D: int
+    d: int
+    every: int
+    lengths: int
+    mask: int
+    reset: int
+    gates: Sequence[Slot]
+    inputs: Sequence[Slot]
+    per_sequence: Sequence[Slot]
+    params: Sequence[Slot]
+    c0: Sequence[int]
+    constants: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The fields of ForwardArguments."""
+
+    given: Given
+    h: int
+    c_last: Sequence[int]
+    saved: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The fields of BackwardArguments."""
+
+    given: Given
+    dh: int
+    dc_last: Sequence[int]
+    saved: Sequence[int]
+    states: Sequence[int]
+    partial: int
+    dgates: Sequence[Slot]
+    dinputs: Sequence[Slot]
+    dper_sequence: Sequence[Slot]
+    dparams: Sequence[Slot]
+    dc0: Sequence[int] = field(default_factory=tuple)
+
+
+def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
+    """The struct that a kernel of `cell` reads."""
+    values = _given(arguments.given)
+    if isinstance(arguments, Forward):
+        values += [arguments.h, *arguments.c_last, *arguments.saved]
+    else:
+        b = arguments
+        values += [b.dh, *b.dc_last, *b.saved, *b.states, b.partial]
+        values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
+        values += b.dc0
+    return layout(cell, type(arguments)).pack(*values)
+
+
+@cache
+def layout(cell: Cell, kind: type[Forward] | type[Backward]) -> struct.Struct:
+    """Sizes and order of the fields; sizeof() of the C++ struct is compared to it when a kernel is loaded."""
+    slots = [len(cell.gates), len(cell.inputs), len(cell.per_sequence), len(cell.params)]
+    integers = 2 * sum(max(1, n) for n in slots)
+    states = len(cell.state)
+    given = f"{8 + integers + states}q{max(1, len(cell.constants))}d"
+    if kind is Forward:
+        return struct.Struct(f"={given}{1 + 2 * states}q")
+    return struct.Struct(f"={given}{2 + 3 * states + integers + states}q")
+
+
+def _given(g: Given) -> list[int | float]:
+    values: list[int | float] = [g.L, g.B, g.D, g.d, g.every, g.lengths, g.mask, g.reset]
+    values += _slots(g.gates) + _slots(g.inputs) + _slots(g.per_sequence) + _slots(g.params)
+    return [*values, *g.c0, *(g.constants or (0.0,))]
+
+
+def _slots(slots: Iterable[Slot]) -> list[int | float]:
+    return [number for slot in slots or (NOT_WANTED,) for number in (slot.pointer, slot.stride)]

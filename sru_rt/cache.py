@@ -1,0 +1,86 @@
+"""A folder of compiled code that only its user can write.
+
+Entries are published by atomic rename and end in a checksum, so that a reader sees a whole entry or none, however
+many processes write at once. Code is never loaded from a folder or a file that somebody else could have written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from . import settings
+from .errors import CacheError
+
+_DIGEST_BYTES = 32
+
+
+def folder() -> Path:
+    """The cache folder, made if missing. Raises CacheError if it cannot be made or others can write to it."""
+    return _checked(settings.cache_dir())
+
+
+@cache
+def private_folder() -> Path:
+    """A fresh folder for this process alone, for when there is no usable cache folder."""
+    return Path(tempfile.mkdtemp(prefix="sru_rt-"))
+
+
+@cache
+def _checked(path: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = path.resolve()
+        state = path.stat()
+    except OSError as error:
+        raise CacheError(
+            f"sru_rt: the cache folder {path} cannot be made ({error.strerror}); set SRU_RT_CACHE_DIR to a folder of yours"
+        ) from None
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise CacheError(f"sru_rt: the cache folder {path} cannot be written; set SRU_RT_CACHE_DIR to a folder of yours")
+    _require_own(path, state)
+    return path
+
+
+def _require_own(path: Path, state: os.stat_result) -> None:
+    if not hasattr(os, "geteuid"):  # Windows: the user's profile folder is protected by its access list
+        return
+    if state.st_uid != os.geteuid():
+        raise CacheError(
+            f"sru_rt: {path} belongs to user {state.st_uid}, not to you ({os.geteuid()}), so compiled code in it is not "
+            "trusted; set SRU_RT_CACHE_DIR to a folder of yours"
+        )
+    if stat.S_IMODE(state.st_mode) & 0o022:
+        raise CacheError(
+            f"sru_rt: others can write to {path}, so compiled code in it is not trusted; run `chmod go-w {path}` or set "
+            "SRU_RT_CACHE_DIR to another folder"
+        )
+
+
+def find(path: Path) -> bool:
+    """Whether a whole, trusted entry stands at `path`. A damaged one is removed; raises CacheError for a foreign one."""
+    try:
+        with path.open("rb") as file:
+            _require_own(path, os.fstat(file.fileno()))
+            content = file.read()
+    except FileNotFoundError:
+        return False
+    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
+        return True
+    path.unlink(missing_ok=True)
+    return False
+
+
+def publish(made: Path, path: Path) -> None:
+    """Moves the finished file `made`, which lies in the same folder, to `path`."""
+    content = made.read_bytes()
+    with made.open("ab") as file:  # a loader of shared objects ignores what follows the last section
+        file.write(hashlib.sha256(content).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    made.chmod(0o700)
+    os.replace(made, path)

@@ -1,0 +1,177 @@
+"""What a cell is: a step function, the names of what goes in and out of it, and the formula traced from it."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from . import graph
+from .errors import StepError
+from .graph import Graph, Node
+
+KINDS = ("gates", "inputs", "per_sequence", "params", "state", "constants")
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array that a recurrence takes, and the values of the step function that it holds.
+
+    Its axes follow from `kind`: gates (L, B, D, members, d), inputs (L, B, D, d), per_sequence (B, D, d),
+    params (D, members, d), state (D, B, d). Inputs of several members are (L, B, D, members, d).
+    """
+
+    name: str
+    kind: str
+    members: tuple[str, ...]
+
+    @property
+    def axes(self) -> str:
+        n = len(self.members)
+        members = f"{n} " if n > 1 or self.kind in ("gates", "params") else ""
+        return {
+            "gates": f"L B D {members}d",
+            "inputs": f"L B D {members}d",
+            "per_sequence": "B D d",
+            "params": f"D {members}d",
+            "state": "D B d",
+        }[self.kind]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A recurrence, element-wise over channels: ``new state, h = step(gates, inputs, ..., state, constants)``.
+
+    The step function is called with the values named by `arrays` and `constants` as keyword arguments.
+    """
+
+    name: str
+    step: Callable[..., Any]
+    arrays: tuple[Array, ...]
+    constants: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = self.names
+        for name in names:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise StepError(f"{self._where}: {name!r} cannot be the name of a value in a step function")
+        for name in names:
+            if names.count(name) > 1:
+                raise StepError(f"{self._where}: {name!r} is declared twice")
+        if not self.gates or not self.state:
+            raise StepError(f"{self._where}: a cell needs at least one gate and one state")
+
+    def of_kind(self, kind: str) -> tuple[str, ...]:
+        """The values of one kind, in the order in which kernels take them."""
+        if kind == "constants":
+            return self.constants
+        return tuple(member for array in self.arrays if array.kind == kind for member in array.members)
+
+    @cached_property
+    def gates(self) -> tuple[str, ...]:
+        return self.of_kind("gates")
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        return self.of_kind("inputs")
+
+    @cached_property
+    def per_sequence(self) -> tuple[str, ...]:
+        return self.of_kind("per_sequence")
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        return self.of_kind("params")
+
+    @cached_property
+    def state(self) -> tuple[str, ...]:
+        return self.of_kind("state")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that the step function takes, in their order."""
+        return tuple(name for kind in KINDS for name in self.of_kind(kind))
+
+    @cached_property
+    def formula(self) -> Formula:
+        """The traced step and its derivative."""
+        return _trace(self)
+
+    @cached_property
+    def affine(self) -> bool:
+        """Whether every new state is affine in the states, so that steps can be composed and run in parallel."""
+        states = [self.formula.leaves[name] for name in self.state]
+        return all(graph.degree(new, states) <= 1 for new in self.formula.new_state)
+
+    @property
+    def _where(self) -> str:
+        code = getattr(self.step, "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}: cell {self.name}" if code else f"cell {self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """A traced step: nodes by role, and the names that the step function gave to intermediate values.
+
+    `gradient` maps the name of each value that has one (all but constants) to its derivative, in terms of the
+    step's own values, the adjoint ``d<state>_next`` of each new state and the adjoint ``dh`` of the output.
+    """
+
+    leaves: dict[str, Node]
+    new_state: tuple[Node, ...]
+    h: Node
+    names: dict[Node, str]
+    gradient: dict[str, Node]
+    gradient_names: dict[Node, str] = field(default_factory=dict)
+
+
+def _trace(cell: Cell) -> Formula:
+    table = Graph()
+    leaves = {name: table.input(name) for name in cell.names}
+    result, variables = _call_watched(cell, leaves)
+    if not isinstance(result, tuple) or len(result) != len(cell.state) + 1:
+        got = f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
+        needed = ", ".join(cell.state)
+        raise StepError(f"{cell._where}: the step function returns {got}; it must return ({needed}, h)")
+    outputs = [graph.as_node(table, value) for value in result]
+    if any(node.is_condition for node in outputs):
+        raise StepError(f"{cell._where}: the step function returns a comparison; use sru_rt.where to make it a number")
+    names: dict[Node, str] = {}
+    for name, value in variables.items():
+        if isinstance(value, Node) and value.op not in graph.LEAVES:
+            names.setdefault(value, name)
+
+    seeds = [table.input(f"d{name}_next") for name in cell.state] + [table.input("dh")]
+    wanted = [name for kind in KINDS[:-1] for name in cell.of_kind(kind)]
+    gradient, adjoint = graph.differentiate(outputs, seeds, [leaves[name] for name in wanted])
+    gradient_names = dict(names)
+    for node, name in names.items():
+        if node in adjoint and adjoint[node].op not in graph.LEAVES:
+            gradient_names.setdefault(adjoint[node], f"d{name}")
+    return Formula(leaves, tuple(outputs[:-1]), outputs[-1], names, dict(zip(wanted, gradient)), gradient_names)
+
+
+def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, Any]]:
+    """Calls the step function; returns its result and its local variables, whose names the emitted text keeps."""
+    try:
+        inspect.signature(cell.step).bind(**leaves)
+    except TypeError as error:
+        raise StepError(
+            f"{cell._where}: the step function does not take the declared values {', '.join(cell.names)}: {error}"
+        ) from None
+    variables: dict[str, Any] = {}
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        if event == "return" and frame.f_code is getattr(cell.step, "__code__", None):
+            variables.update(frame.f_locals)
+
+    profiler = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        return cell.step(**leaves), variables
+    finally:
+        sys.setprofile(profiler)

@@ -1,0 +1,125 @@
+"""Checks what a public function is given, against declared axes and dtypes, and says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .dtypes import IO_DTYPES
+from .errors import ArgumentError, DtypeError, LibraryError, ShapeError
+
+NDArray = np.ndarray[Any, Any]
+
+
+class Check:
+    """The checks of one call. Axis letters take their size from the first array that has them."""
+
+    def __init__(self, function: str) -> None:
+        self.function = function
+        self.sizes: dict[str, tuple[int, str]] = {}
+
+    def __getitem__(self, axis: str) -> int:
+        return self.sizes[axis][0]
+
+    def set(self, axis: str, size: int, origin: str) -> None:
+        self.sizes[axis] = (size, origin)
+
+    def error(self, name: str, problem: str, kind: type[ArgumentError] = ArgumentError) -> ArgumentError:
+        return kind(f"{self.function}: {name} {problem}")
+
+    def choice(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+        if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+            raise self.error(name, f"must be one of {', '.join(map(repr, choices))} (got {value!r})")
+
+    def number(self, name: str, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise self.error(name, f"must be a number (got {value!r})") from None
+        if not np.isfinite(number):
+            raise self.error(name, f"must be finite (got {value!r})")
+        return number
+
+    def array(self, name: str, value: Any, axes: str, dtypes: Sequence[str]) -> NDArray:
+        """`value` as a plain NumPy array, if it has the axes (letters, or sizes) and one of the dtypes."""
+        array = self.plain(name, value)
+        self.shape(name, array, axes)
+        self.dtype(name, array, dtypes)
+        return array
+
+    def plain(self, name: str, value: Any) -> NDArray:
+        if not isinstance(value, np.ndarray):
+            kind = type(value)
+            raise LibraryError(
+                f"{self.function}: {name} must be an array (got {kind.__module__}.{kind.__qualname__}); pass numpy.asarray({name})"
+            )
+        if isinstance(value, np.ma.MaskedArray):
+            raise LibraryError(
+                f"{self.function}: {name} is a masked array, whose mask would be ignored; pass {name}.filled(...), and mask= or "
+                "lengths= for padding"
+            )
+        return np.asarray(value)
+
+    def shape(self, name: str, array: NDArray, axes: str) -> None:
+        letters = axes.split()
+        if array.ndim != len(letters):
+            raise self.error(name, f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters)}", ShapeError)
+        for letter, size in zip(letters, array.shape):
+            needed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, (size, name))[0]
+            if size != needed:
+                raise self.error(name, f"has shape {array.shape}; it needs {self._describe(letters)}", ShapeError)
+
+    def _describe(self, letters: Sequence[str]) -> str:
+        """E.g. ``(D, B, d) = (1, 3, 8), where B = 3 comes from x``."""
+        text = f"({', '.join(letters)})"
+        known = [letter for letter in letters if letter in self.sizes]
+        if known:
+            sizes = [str(self[letter]) if letter in self.sizes else letter for letter in letters]
+            origins = [f"{letter} = {self[letter]} comes from {self.sizes[letter][1]}" for letter in dict.fromkeys(known)]
+            text += f" = ({', '.join(sizes)}), where {' and '.join(origins)}"
+        return text
+
+    def dtype(self, name: str, array: NDArray, dtypes: Sequence[str]) -> None:
+        if array.dtype.name not in dtypes:
+            other = "" if array.dtype.name not in IO_DTYPES else f", or give x another dtype than {dtypes[0]}"
+            raise DtypeError(
+                f"{self.function}: {name} has dtype {array.dtype.name}; it needs {' or '.join(dict.fromkeys(dtypes))}: "
+                f"convert it with {name}.astype({dtypes[0]!r}){other}"
+            )
+
+    def io_dtype(self, name: str, array: NDArray) -> str:
+        """The dtype of x (or u), which all others follow."""
+        if array.dtype.name not in IO_DTYPES:
+            raise DtypeError(
+                f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: convert it with "
+                f"{name}.astype('float32')"
+            )
+        return str(array.dtype.name)
+
+    def lengths(self, value: Any) -> NDArray | None:
+        """`lengths` as int64 (B,); a list of integers will do."""
+        if value is None:
+            return None
+        array = np.asarray(value) if isinstance(value, (list, tuple)) else self.plain("lengths", value)
+        if array.dtype.kind not in "iu" and array.size:
+            raise DtypeError(f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it with astype('int64')")
+        self.shape("lengths", array, "B")
+        wrong = np.flatnonzero((array < 0) | (array > self["L"]))
+        if wrong.size:
+            b = int(wrong[0])
+            raise self.error(
+                "lengths", f"must be from 0 to L = {self['L']} (got {array[b]} for sequence {b}); L comes from {self.sizes['L'][1]}"
+            )
+        return np.ascontiguousarray(array, np.int64)
+
+    def flags(self, name: str, value: Any) -> NDArray | None:
+        """`mask` or `reset` as bool (L, B); integers and floats count as true where they are not 0."""
+        if value is None:
+            return None
+        array = self.plain(name, value)
+        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+            raise DtypeError(f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with astype(bool)")
+        self.shape(name, array, "L B")
+        return np.ascontiguousarray(array != 0 if array.dtype != np.bool_ else array)

@@ -1,0 +1,192 @@
+"""Compiles C++ with the system's compiler and loads it with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import abi, cache, settings, source
+from .cell import Cell
+from .emit import emit
+from .errors import CacheError, CompileError
+
+log = logging.getLogger("sru_rt")
+
+# No -ffast-math: linked into a shared object it turns denormals off for the whole process. No OpenMP: it hangs after a
+# fork. -ffp-contract as port.h explains.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS += ("-pthread", "-w")
+
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    """In a forked child: another thread of the parent may have held the lock, and that thread is not here."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its command, what it says of itself, and the flags that it takes."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The entry points of one compiled cell: called with the packed struct, the pool and the number of tasks."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+def compiler() -> Compiler:
+    """The C++ compiler in use. Raises CompileError if there is none."""
+    return _compiler(settings.cxx(), settings.cxx_flags(), os.environ.get("PATH", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiler(given: str | None, extra: tuple[str, ...], path: str) -> Compiler:
+    command = tuple(shlex.split(given)) if given else _first_on_path()
+    if shutil.which(command[0]) is None:
+        raise CompileError(
+            f"sru_rt: the C++ compiler {command[0]!r} (from SRU_RT_CXX or CXX) was not found; unset the variable, or name "
+            "an installed compiler in it"
+        )
+    code, output = _run([*command, "--version"])
+    if code != 0:
+        raise CompileError(f"sru_rt: `{shlex.join(command)} --version` failed with status {code}:\n{output}")
+    clang = "clang" in output
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    contract = "-ffp-contract=on" if clang else "-ffp-contract=off"
+    return Compiler(command, output, (*_FLAGS, contract, *(() if clang else ("-Wno-psabi",)), native, *extra))
+
+
+def _first_on_path() -> tuple[str, ...]:
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return (name,)
+    raise CompileError(
+        "sru_rt: no C++ compiler (c++, g++, clang++) was found on the PATH; install one (`apt-get install g++`, "
+        "`conda install gxx`, `xcode-select --install`), or name one in SRU_RT_CXX"
+    )
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    import subprocess
+
+    # A sanitizer's or profiler's preloaded library is for this process, not for the compiler.
+    environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return -1, str(error)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+@functools.cache
+def _machine() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
+        kept = [s for s in lines if s.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part", "vendor_id")]
+    except OSError:
+        kept = []
+    return "\n".join([sys.platform, platform.machine(), *kept])
+
+
+def load(unit: str) -> ctypes.CDLL:
+    """The shared object compiled from `unit`, from the cache if it is there.
+
+    Raises CompileError with the compiler's output if it fails.
+    """
+    with _lock:
+        found = compiler()
+        key = hashlib.sha256("\0".join([unit, source.digest(), *found.command, found.version, *found.flags, _machine()]).encode())
+        path = _cache_folder() / f"{key.hexdigest()[:40]}.so"
+        if cache.find(path):
+            log.debug("cache hit %s", path)
+        else:
+            _compile(found, unit, path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise CompileError(
+                f"sru_rt: {path} was compiled but cannot be loaded: {error}. If the cache folder is mounted noexec, set "
+                "SRU_RT_CACHE_DIR to another one"
+            ) from None
+
+
+def _cache_folder() -> Path:
+    try:
+        return cache.folder()
+    except CacheError as error:
+        _notice(f"{error}. Meanwhile kernels are compiled anew in each process")
+        return cache.private_folder()
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    """Warns once per process."""
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _compile(compiler: Compiler, unit: str, path: Path) -> None:
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as build:
+        text, made = Path(build, "unit.cpp"), Path(build, "unit.so")
+        text.write_text(unit)
+        command = [*compiler.command, *compiler.flags, f"-I{source.cuda_dir()}", str(text), "-o", str(made)]
+        code, output = _run(command)
+        if code != 0 or not made.is_file():
+            raise CompileError(
+                f"sru_rt: the C++ compiler failed with status {code}.\ncommand: {shlex.join(command)}\n"
+                f"output:\n{output[-4000:] or '(none)'}\n"
+                "Name another compiler in SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
+            )
+        cache.publish(made, path)
+    log.debug("compiled %s in %.2f s: %s", path, time.perf_counter() - began, shlex.join(command))
+
+
+@functools.cache
+def kernel(cell: Cell, dtype: str, saved_dtype: str, wide: int) -> Kernel:
+    """The kernels of `cell` for arrays of `dtype`; bit i of `wide` says that input i has the state's dtype."""
+    library = load(source.cpu_kernel(emit(cell), cell.name, dtype, saved_dtype, wide))
+    for name, kind in (("forward", abi.Forward), ("backward", abi.Backward)):
+        size = getattr(library, f"{name}_size")
+        size.restype = ctypes.c_longlong
+        if size() != abi.layout(cell, kind).size:
+            raise CompileError(
+                f"sru_rt: cuda/arguments.h and sru_rt/abi.py disagree on the {name} struct of {cell.name} "
+                f"({size()} and {abi.layout(cell, kind).size} bytes); the installation is damaged: reinstall it"
+            )
+    for entry in (library.forward, library.backward):
+        entry.argtypes, entry.restype = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int), None
+    return Kernel(library.forward, library.backward)
+
+
+@functools.cache
+def pool() -> int:
+    """Address of the thread pool's `parallel_for`."""
+    return ctypes.cast(load(source.pool()).parallel_for, ctypes.c_void_p).value or 0

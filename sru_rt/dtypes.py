@@ -1,0 +1,23 @@
+"""The dtypes that recurrences take, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+IO_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def state_dtype(dtype: str) -> str:
+    """The dtype in which the state is carried and sums are formed, for x of `dtype`."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def to_numpy(dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name; bfloat16 is one when the package ml_dtypes is installed."""
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16
+
+        return np.dtype(bfloat16)
+    return np.dtype(dtype)

@@ -1,0 +1,200 @@
+"""Writes a traced step and its derivative as C++ that a person can read.
+
+Every product that feeds one sum is written as fma(), so that all kernels round alike whatever the compiler would do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import isfinite
+
+from .cell import KINDS, Cell
+from .errors import StepError
+from .graph import COMPARISONS, FUNCTIONS, LEAVES, Node, topological
+
+_ARRAYS = dict(zip(KINDS, ("gate", "input", "per_sequence", "param", "state", "constant")))
+_CPP_WORDS = set(
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t class compl const "
+    "constexpr const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern "
+    "false float for friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or "
+    "or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert "
+    "static_cast struct switch template this thread_local throw true try typedef typeid typename union unsigned using "
+    "virtual void volatile wchar_t while xor xor_eq real step gradient fma minimum maximum where new_state new_h".split()
+) | set(FUNCTIONS) | set(_ARRAYS.values()) | {f"d{name}" for name in (*_ARRAYS.values(), "new_state", "new_h")}
+
+_SUM, _PRODUCT, _UNARY, _ATOM = 1, 2, 3, 4
+_INFIX = {"+": _SUM, "-": _SUM, "*": _PRODUCT, "/": _PRODUCT, **dict.fromkeys(COMPARISONS, 0)}
+
+
+class _Block:
+    """Straight-line code for some nodes: one line for each value that has a name or is used more than once."""
+
+    def __init__(self, outputs: Iterable[Node], names: Mapping[Node, str], leaf_names: Mapping[str, str], cpp: bool):
+        self.cpp = cpp
+        self.order = topological(outputs)
+        self.uses = Counter(a for node in self.order for a in node.args if isinstance(a, Node))
+        self.uses.update(outputs)
+        self.wanted = names
+        self.taken = set(leaf_names.values()) | (_CPP_WORDS if cpp else set())
+        self.text: dict[Node, tuple[str, int]] = {}
+        self.leaf_names = leaf_names
+        self.lines: list[str] = []
+        for node in self.order:
+            self._add(node)
+
+    def __getitem__(self, node: Node) -> str:
+        return self.text[node][0]
+
+    def _add(self, node: Node) -> None:
+        expression = self._expression(node)
+        own_line = node in self.wanted or (self.uses[node] > 1 and not node.is_condition)
+        if node.op not in LEAVES and own_line:
+            name = self._name(node)
+            self.lines.append(f"const real {name} = {expression[0]};" if self.cpp else f"{name} = {expression[0]}")
+            expression = (name, _ATOM)
+        self.text[node] = expression
+
+    def _name(self, node: Node) -> str:
+        base = self.wanted.get(node, "t")
+        name, n = (base, 1) if node in self.wanted else ("t1", 1)
+        while name in self.taken:
+            n += 1
+            name = f"{base}{n}"
+        self.taken.add(name)
+        return name
+
+    def _expression(self, node: Node) -> tuple[str, int]:
+        op, args = node.op, node.args
+        if op == "input":
+            return self.leaf_names[args[0]], _ATOM
+        if op == "constant":
+            if not isfinite(args[0]):
+                raise StepError(f"a step function uses the constant {args[0]}; constants must be finite")
+            return (f"real({args[0]!r})", _ATOM) if self.cpp else (f"{args[0]:g}", _ATOM if args[0] >= 0 else _UNARY)
+        if op in ("+", "-") and self.cpp:
+            fused = self._fused(node)
+            if fused:
+                return fused, _ATOM
+        if op in _INFIX:
+            rank = _INFIX[op]
+            sign = op if rank == _PRODUCT else f" {op} "
+            return self._operand(args[0], rank) + (sign if rank != _PRODUCT else f" {op} " if self.cpp else op) + (
+                self._operand(args[1], rank + 1)
+            ), rank
+        if op == "neg":
+            return f"-{self._operand(args[0], _UNARY)}", _UNARY
+        return f"{op}({', '.join(self.text[a][0] for a in args)})", _ATOM
+
+    def _operand(self, node: Node, rank: int) -> str:
+        text, own = self.text[node]
+        return f"({text})" if own < rank else text
+
+    def _fused(self, node: Node) -> str | None:
+        """fma() for a sum with a product that nothing else uses; the left product is preferred."""
+        left, right = node.args
+        if self._only_here(left):
+            addend = self[right] if node.op == "+" else f"-{self._operand(right, _UNARY)}"
+            return f"fma({self._factors(left)}, {addend})"
+        if self._only_here(right):
+            return f"fma({self._factors(right, negative=node.op == '-')}, {self[left]})"
+        return None
+
+    def _only_here(self, node: Node) -> bool:
+        return node.op == "*" and self.uses[node] == 1 and node not in self.wanted
+
+    def _factors(self, product: Node, negative: bool = False) -> str:
+        a, b = product.args
+        return f"-{self._operand(a, _UNARY)}, {self[b]}" if negative else f"{self[a]}, {self[b]}"
+
+
+def formula_lines(cell: Cell) -> list[str]:
+    """The step as the papers would print it, one line for each named value; c' is the state before the step."""
+    f = cell.formula
+    leaf_names = {name: f"{name}'" if name in cell.state else name for name in cell.names}
+    block = _Block([*f.new_state, f.h], f.names, leaf_names, cpp=False)
+    lines = list(block.lines)
+    for name, node in [*zip(cell.state, f.new_state), ("h", f.h)]:
+        if block[node] != name:
+            lines.append(f"{name} = {block[node]}")
+    return lines
+
+
+def emit(cell: Cell) -> str:
+    """The cell as a C++ struct with the members `step` and `gradient`, both over any number type `real`."""
+    counts = ", ".join(f"n_{kind} = {len(cell.of_kind(kind))}" for kind in KINDS)
+    lines = [
+        "// clang-format off",
+        f"// Written by sru_rt from the step function of {cell.name}; change that one.",
+        "//",
+        *(f"//   {line}" for line in formula_lines(cell)),
+        "#pragma once",
+        "",
+        f"struct {cell.name} {{",
+        f"  static constexpr int {counts};",
+        f"  static constexpr bool affine = {'true' if cell.affine else 'false'};",
+        "",
+        *_step_function(cell),
+        "",
+        *_gradient_function(cell),
+        "};",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cpp_leaf_names(cell: Cell) -> dict[str, str]:
+    names = {name: f"{name}_prev" if name in cell.state else name for name in cell.names}
+    names |= {f"d{name}_next": f"d{name}_next" for name in cell.state} | {"dh": "dh"}
+    return {name: f"{text}_" if text in _CPP_WORDS else text for name, text in names.items()}
+
+
+def _unpack(cell: Cell, names: Mapping[str, str], order: Iterable[Node]) -> list[str]:
+    """Gives the values that the following lines use their names."""
+    used = {node.args[0] for node in order if node.op == "input"}
+    lines = []
+    for kind, array in _ARRAYS.items():
+        parts = [f"{names[n]} = {array}[{i}]" for i, n in enumerate(cell.of_kind(kind)) if n in used]
+        if parts:
+            lines.append(f"    const real {', '.join(parts)};")
+    return lines
+
+
+def _step_function(cell: Cell) -> list[str]:
+    f, names = cell.formula, _cpp_leaf_names(cell)
+    block = _Block([*f.new_state, f.h], f.names, names, cpp=True)
+    return [
+        "  template <class real>",
+        "  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,",
+        "                   const real *state, const real *constant, real *new_state, real *new_h) {",
+        *_unpack(cell, names, block.order),
+        *(f"    {line}" for line in block.lines),
+        *(f"    new_state[{i}] = {block[node]};" for i, node in enumerate(f.new_state)),
+        f"    *new_h = {block[f.h]};",
+        "  }",
+    ]
+
+
+def _gradient_function(cell: Cell) -> list[str]:
+    f, names = cell.formula, _cpp_leaf_names(cell)
+    block = _Block(list(f.gradient.values()), f.gradient_names, names, cpp=True)
+    used = {node.args[0] for node in block.order if node.op == "input"}
+    adjoints = [f"d{n}_next = dnew_state[{i}]" for i, n in enumerate(cell.state) if f"d{n}_next" in used]
+    adjoints += ["dh = *dnew_h"] if "dh" in used else []
+    results = [
+        f"    d{array}[{i}] = {block[f.gradient[name]]};"
+        for kind, array in _ARRAYS.items()
+        if kind != "constants"
+        for i, name in enumerate(cell.of_kind(kind))
+    ]
+    return [
+        "  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.",
+        "  template <class real>",
+        "  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,",
+        "                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,",
+        "                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {",
+        *_unpack(cell, names, block.order),
+        *([f"    const real {', '.join(adjoints)};"] if adjoints else []),
+        *(f"    {line}" for line in block.lines),
+        *results,
+        "  }",
+    ]

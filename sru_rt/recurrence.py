@@ -1,0 +1,167 @@
+"""Recurrences on NumPy arrays: allocates, turns arrays into addresses, and goes through the waist.
+
+Everything here is by name: the arrays that a cell declares, and ``d`` + name for their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import abi, launch
+from .cell import Array, Cell
+from .dtypes import state_dtype, to_numpy
+from .launch import Variant
+
+NDArray = np.ndarray[Any, Any]
+
+_ALIGNMENT = 64
+_STEP_KINDS = ("gates", "inputs")
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What one recurrence is given: C-contiguous arrays in the dtypes that kernels take (see `operand`).
+
+    `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state.
+    """
+
+    cell: Cell
+    dtype: str
+    arrays: Mapping[str, NDArray]
+    c0: Sequence[NDArray | None]
+    constants: Sequence[float] = ()
+    lengths: NDArray | None = None
+    mask: NDArray | None = None
+    reset: NDArray | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """L, B, D, d."""
+        u = self.arrays[self.cell.arrays[0].name]
+        L, B, D, _, d = u.shape
+        return L, B, D, d
+
+    @property
+    def accumulator(self) -> np.dtype[Any]:
+        return to_numpy(state_dtype(self.dtype))
+
+    def variant(self, saved_dtype: str) -> Variant:
+        wide, i = 0, 0
+        for declared in self.cell.arrays:
+            if declared.kind == "inputs":
+                is_wide = self.arrays[declared.name].dtype != to_numpy(self.dtype)
+                for _ in declared.members:
+                    wide |= is_wide << i
+                    i += 1
+        return Variant(self.cell, self.dtype, saved_dtype, wide)
+
+
+def operand(declared: Array, array: NDArray, dtype: str) -> NDArray:
+    """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
+    if declared.kind == "gates" or (declared.kind == "inputs" and array.dtype.name == dtype):
+        return np.ascontiguousarray(array, to_numpy(dtype))
+    return np.ascontiguousarray(array, to_numpy(state_dtype(dtype)))
+
+
+def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
+    """An uninitialised array that begins at a multiple of a cache line, so that packs of lanes do not straddle two."""
+    n = int(np.prod(shape))
+    memory = np.empty(n * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + n * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _slots(array: NDArray | None, declared: Array) -> list[abi.Slot]:
+    """One slot for each value that the array holds."""
+    n = len(declared.members)
+    if array is None:
+        return [abi.NOT_WANTED] * n
+    d = array.shape[-1]
+    return [abi.Slot(_pointer(array) + i * d * array.itemsize, n * d) for i in range(n)]
+
+
+def _pointer(array: NDArray | None) -> int:
+    return 0 if array is None else int(array.__array_interface__["data"][0])
+
+
+def _slots_of_kind(cell: Cell, kind: str, arrays: Mapping[str, NDArray]) -> list[abi.Slot]:
+    return [s for a in cell.arrays if a.kind == kind for s in _slots(arrays.get(a.name), a)]
+
+
+def _given(operands: Operands, every: int) -> abi.Given:
+    cell, arrays = operands.cell, operands.arrays
+    return abi.Given(
+        *operands.sizes,
+        every,
+        *(_pointer(a) for a in (operands.lengths, operands.mask, operands.reset)),
+        *(_slots_of_kind(cell, kind, arrays) for kind in ("gates", "inputs", "per_sequence", "params")),
+        [_pointer(a) for a in operands.c0],
+        operands.constants,
+    )
+
+
+def forward(
+    operands: Operands,
+    every: int = 0,
+    saved_dtype: str | None = None,
+    h: NDArray | None = None,
+    c_last: Sequence[NDArray | None] | None = None,
+) -> tuple[NDArray, list[NDArray], list[NDArray]]:
+    """Runs a recurrence; returns h (L, B, D, d), the last states (D, B, d), and the states kept for the backward.
+
+    With `every` = K the states before steps 0, K, 2K, ... are kept, in `saved_dtype`. `h` and `c_last` are written
+    to where they are given.
+    """
+    L, B, D, d = operands.sizes
+    acc = operands.accumulator
+    saved_dtype = saved_dtype or acc.name
+    n_states = len(operands.cell.state)
+    h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
+    c_last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
+    kept = -(-L // every) if every else 0
+    saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)]
+    pointers = [_pointer(a) if every else 0 for a in saved]
+    arguments = abi.Forward(_given(operands, every), _pointer(h), [_pointer(a) for a in c_last], pointers)
+    launch.run(operands.variant(saved_dtype), arguments)
+    return h, c_last, saved
+
+
+def backward(
+    operands: Operands,
+    saved: Sequence[NDArray],
+    every: int,
+    dh: NDArray,
+    dc_last: Sequence[NDArray | None],
+    need: Collection[str],
+) -> tuple[dict[str, NDArray], list[NDArray]]:
+    """The gradients of the arrays named in `need`, and of the initial states (D, B, d).
+
+    Gradients of gates and inputs have the dtype of what they are the gradient of, all others that of the state.
+    """
+    cell, acc = operands.cell, operands.accumulator
+    L, B, D, d = operands.sizes
+    gradients = {}
+    for a in cell.arrays:
+        if a.name in need and a.kind != "state":
+            array = operands.arrays[a.name]
+            gradients[a.name] = empty(array.shape, array.dtype if a.kind in _STEP_KINDS else acc)
+    dc0 = [empty((D, B, d), acc) for _ in cell.state]
+    states = [empty((every, B, D, d), acc) if every > 1 else None for _ in cell.state]
+    partial = empty((B, D, len(cell.params), d), acc)
+    arguments = abi.Backward(
+        _given(operands, every),
+        _pointer(dh),
+        [_pointer(a) for a in dc_last],
+        [_pointer(a) for a in saved],
+        [_pointer(a) for a in states],
+        _pointer(partial),
+        *(_slots_of_kind(cell, kind, gradients) for kind in ("gates", "inputs", "per_sequence", "params")),
+        [_pointer(a) for a in dc0],
+    )
+    saved_dtype = saved[0].dtype.name
+    launch.run(operands.variant(saved_dtype), arguments)
+    return gradients, dc0

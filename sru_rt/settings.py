@@ -1,0 +1,60 @@
+"""Every environment variable that the library reads, with its default and its meaning. Read at each use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from .errors import ArgumentError
+
+BACKENDS = ("auto", "compiled", "numpy")
+
+
+def cache_dir() -> Path:
+    """SRU_RT_CACHE_DIR: where compiled code is kept. Default: `sru_rt` in the user's cache folder."""
+    given = os.environ.get("SRU_RT_CACHE_DIR")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "sru_rt" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "sru_rt"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "sru_rt"
+
+
+def cpu_backend() -> str:
+    """SRU_RT_CPU: `compiled` insists on compiled kernels, `numpy` never compiles, `auto` (default) prefers the former."""
+    value = os.environ.get("SRU_RT_CPU", "auto") or "auto"
+    if value not in BACKENDS:
+        raise ArgumentError(f"SRU_RT_CPU must be one of {', '.join(BACKENDS)} (got {value!r}); unset it for the default")
+    return value
+
+
+def cxx() -> str | None:
+    """SRU_RT_CXX, else CXX: the C++ compiler's command. Default: the first of c++, g++, clang++ on the PATH."""
+    return os.environ.get("SRU_RT_CXX") or os.environ.get("CXX") or None
+
+
+def cxx_flags() -> tuple[str, ...]:
+    """SRU_RT_CXXFLAGS: flags added at the end of the compiler's command, separated by blanks."""
+    return tuple(os.environ.get("SRU_RT_CXXFLAGS", "").split())
+
+
+def num_threads() -> int:
+    """SRU_RT_NUM_THREADS, else OMP_NUM_THREADS: threads of a CPU kernel. Default: the cores that the process may use."""
+    for name in ("SRU_RT_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "").split(",")[0].strip()
+        if value:
+            if not value.isdigit() or int(value) < 1:
+                raise ArgumentError(f"{name} must be a positive number (got {value!r}); unset it for the default")
+            return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def debug() -> bool:
+    """SRU_RT_DEBUG: 1 logs compilation and cache use to the logger `sru_rt` on standard error."""
+    return os.environ.get("SRU_RT_DEBUG", "") not in ("", "0")

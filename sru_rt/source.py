@@ -1,0 +1,45 @@
+"""Finds the C++ sources and makes compile units of them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from .errors import CompileError
+
+CPP_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+
+
+@cache
+def cuda_dir() -> Path:
+    """The folder of the C++ sources: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "cuda", here.parent / "cuda"):
+        if (folder / "port.h").is_file():  # other packages install folders of this name
+            return folder
+    raise CompileError(f"sru_rt: the C++ sources were not found beside {here}; the installation is damaged: reinstall it")
+
+
+@cache
+def digest() -> str:
+    """A hash of all shared sources, part of the key of everything compiled from them."""
+    state = hashlib.sha256()
+    for path in sorted(cuda_dir().iterdir()):
+        if path.is_file():
+            content = path.read_bytes()
+            state.update(f"{path.name} {len(content)}\n".encode() + content)
+    return state.hexdigest()
+
+
+def cpu_kernel(cell_text: str, cell_name: str, dtype: str, saved_dtype: str, wide: int) -> str:
+    """The compile unit of one cell for given types; see SRU_CPU_KERNEL in cpu_sweep.h."""
+    return (
+        f'#include "cpu_sweep.h"\n{cell_text}\n'
+        f"SRU_CPU_KERNEL({cell_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u)\n"
+    )
+
+
+def pool() -> str:
+    """The compile unit of the thread pool."""
+    return '#include "pool.cpp"\n'
