@@ -81,17 +81,19 @@ def sru_cell(o: Options) -> Cell:
     return Cell(_name(o), step, tuple(declared), ("alpha",) if o.skip == "x" else ())
 
 
-# The variants whose emitted text stands in cuda/cells/.
-NAMED = (
-    Options(),
-    Options(v="none"),
-    Options(skip="projected"),
-    Options(skip="none"),
-    Options(activation="tanh"),
-    Options(skip="none", reset_gate=False, v="none"),
-    Options(reset_on="current"),
-    Options(v="inputs", dropout=True),
-)
+def named_cells() -> list[Cell]:
+    """The variants whose emitted text stands in cuda/cells/."""
+    variants = (
+        Options(),
+        Options(v="none"),
+        Options(skip="projected"),
+        Options(skip="none"),
+        Options(activation="tanh"),
+        Options(skip="none", reset_gate=False, v="none"),
+        Options(reset_on="current"),
+        Options(v="inputs", dropout=True),
+    )
+    return [sru_cell(o) for o in variants]
 
 
 @array_function

@@ -1,0 +1,44 @@
+// clang-format off
+// Written by sru_rt from the step function of sru_no_skip_no_reset_gate_no_v; change that one.
+//
+//   f = sigmoid(uf + b_f)
+//   c = f*c' + (1 - f)*u0
+//   h = c
+#pragma once
+
+struct sru_no_skip_no_reset_gate_no_v {
+  static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 1, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real u0 = gate[0], uf = gate[1];
+    const real b_f = param[0];
+    const real c_prev = state[0];
+    const real f = sigmoid(uf + b_f);
+    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    new_state[0] = c;
+    *new_h = c;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real u0 = gate[0], uf = gate[1];
+    const real b_f = param[0];
+    const real c_prev = state[0];
+    const real dc_next = dnew_state[0], dh = *dnew_h;
+    const real dc = dc_next + dh;
+    const real f = sigmoid(uf + b_f);
+    const real t1 = real(1.0) - f;
+    const real df = fma(dc, c_prev, -(dc * u0));
+    const real t2 = df * (f * t1);
+    dgate[0] = dc * t1;
+    dgate[1] = t2;
+    dparam[0] = t2;
+    dstate[0] = dc * f;
+  }
+};

@@ -1,0 +1,63 @@
+// clang-format off
+// Written by sru_rt from the step function of sru_no_v; change that one.
+//
+//   f = sigmoid(uf + b_f)
+//   c = f*c' + (1 - f)*u0
+//   skip = alpha*x
+//   r = sigmoid(ur + b_r)
+//   h = skip + (c - skip)*r
+#pragma once
+
+struct sru_no_v {
+  static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 2, n_state = 1, n_constants = 1;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real u0 = gate[0], uf = gate[1], ur = gate[2];
+    const real x = input[0];
+    const real b_f = param[0], b_r = param[1];
+    const real c_prev = state[0];
+    const real alpha = constant[0];
+    const real f = sigmoid(uf + b_f);
+    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real skip = alpha * x;
+    const real r = sigmoid(ur + b_r);
+    const real h = fma(c - skip, r, skip);
+    new_state[0] = c;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real u0 = gate[0], uf = gate[1], ur = gate[2];
+    const real x = input[0];
+    const real b_f = param[0], b_r = param[1];
+    const real c_prev = state[0];
+    const real alpha = constant[0];
+    const real dc_next = dnew_state[0], dh = *dnew_h;
+    const real r = sigmoid(ur + b_r);
+    const real t1 = dh * r;
+    const real dc = dc_next + t1;
+    const real f = sigmoid(uf + b_f);
+    const real t2 = real(1.0) - f;
+    const real df = fma(dc, c_prev, -(dc * u0));
+    const real t3 = df * (f * t2);
+    const real c = fma(f, c_prev, t2 * u0);
+    const real skip = alpha * x;
+    const real dr = dh * (c - skip);
+    const real t4 = dr * (r * (real(1.0) - r));
+    const real dskip = dh - t1;
+    dgate[0] = dc * t2;
+    dgate[1] = t3;
+    dgate[2] = t4;
+    dinput[0] = dskip * alpha;
+    dparam[0] = t3;
+    dparam[1] = t4;
+    dstate[0] = dc * f;
+  }
+};

@@ -1,0 +1,57 @@
+// clang-format off
+// Written by sru_rt from the step function of sru_projected; change that one.
+//
+//   f = sigmoid(uf + v_f*c' + b_f)
+//   c = f*c' + (1 - f)*u0
+//   r = sigmoid(ur + v_r*c' + b_r)
+//   h = u3 + (c - u3)*r
+#pragma once
+
+struct sru_projected {
+  static constexpr int n_gates = 4, n_inputs = 0, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 0;
+  static constexpr bool affine = false;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real u0 = gate[0], uf = gate[1], ur = gate[2], u3 = gate[3];
+    const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
+    const real c_prev = state[0];
+    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real h = fma(c - u3, r, u3);
+    new_state[0] = c;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real u0 = gate[0], uf = gate[1], ur = gate[2], u3 = gate[3];
+    const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
+    const real c_prev = state[0];
+    const real dc_next = dnew_state[0], dh = *dnew_h;
+    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real t1 = dh * r;
+    const real dc = dc_next + t1;
+    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real t2 = real(1.0) - f;
+    const real df = fma(dc, c_prev, -(dc * u0));
+    const real t3 = df * (f * t2);
+    const real c = fma(f, c_prev, t2 * u0);
+    const real dr = dh * (c - u3);
+    const real t4 = dr * (r * (real(1.0) - r));
+    dgate[0] = dc * t2;
+    dgate[1] = t3;
+    dgate[2] = t4;
+    dgate[3] = dh - t1;
+    dparam[0] = t3;
+    dparam[1] = t4;
+    dparam[2] = t3 * c_prev;
+    dparam[3] = t4 * c_prev;
+    dstate[0] = fma(t3, v_f, fma(t4, v_r, dc * f));
+  }
+};
