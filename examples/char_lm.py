@@ -1,14 +1,15 @@
 """Train a character language model of stacked SRU layers with NumPy and sru_rt, and no other package.
 
-    python char_lm.py                                   two minutes, on the source of Python's standard library
-    python char_lm.py --text novel.txt                  the same on a text of yours
-    python char_lm.py --resume char_lm.npz --minutes 10
-    python char_lm.py --sample 1000 --prompt "class "   write some text with the weights in char_lm.npz
+    python char_lm.py                         two minutes, on the source of Python's standard library
+    python char_lm.py --text novel.txt        the same on a text of yours
+    python char_lm.py --resume char_lm.npz    go on with the weights of an earlier run
+    python char_lm.py --sample 1000           no training: let the weights in char_lm.npz write
 
-A character is one byte of the file: any text in any language will do, and none holds a character that is unknown
-to the model. The model is an embedding, SRU layers with highway skips, and a softmax over the 256 bytes. The last
-tenth of the text is kept for validation. Training is truncated back-propagation through time: the text runs as
---batch parallel streams, and each piece of --length characters starts from the state that the piece before it left.
+A character is one byte of the file: any text in any language will do, and no character is unknown to the
+model. The model is an embedding, SRU layers with highway skips and a softmax over the 256 bytes. The last
+tenth of the text is kept for validation. Training is truncated back-propagation through time: the text runs
+as --batch parallel streams, and each piece of --length characters starts from the state that the piece
+before it left. With --steps the same seed gives the same weights again; --minutes depends on the machine.
 
 Letters: L time steps, B sequences, d hidden size. Time comes first: tokens (L, B), hidden states (L, B, d).
 """
@@ -16,26 +17,22 @@ Letters: L time steps, B sequences, d hidden size. Time comes first: tokens (L, 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import os
-import shutil
 import sys
-import sysconfig
 import time
 import zipfile
 
 import numpy as np
+from _char_lm_cli import Progress, check_writable, gzip_bits, make_parser, split_text, unigram_bits
 
 import sru_rt
 
-xp = np  # the library that holds the model's arrays; only to_device and to_host move arrays between it and NumPy
+xp = np  # the library of the model's arrays; only to_device and to_host move arrays between it and NumPy
 VOCAB = 256
 TRAINED = ("weight", "bias", "v")  # the arrays in the dict of sru_init; the rest of it are options
 MODEL_DEFAULTS = {"layers": 4, "d": 128, "embed": 64, "dtype": "float32"}
-TEXT_CAP = 4_000_000  # characters of the default text
-NO_TEXT = {"test", "tests", "idle_test", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 
 
 def to_device(array):
@@ -52,9 +49,11 @@ class Model:
     def __init__(self, hyper: dict, seed: int):
         self.hyper, rng = hyper, np.random.default_rng(seed)
         d, embed, dtype = hyper["d"], hyper["embed"], hyper["dtype"]
-        # A negative reset bias lets every layer begin near its skip, so that gradients reach the lowest layer.
+        # The first layer projects its skip, as its sizes differ. A negative reset bias lets every layer begin
+        # near its skip, so that gradients reach the lowest one.
+        like = xp.empty(0, dtype)
         self.layers = [
-            sru_rt.sru_init(d if i else embed, d, highway_bias=-2.0, dtype=dtype, rng=rng)
+            sru_rt.sru_init(d if i else embed, d, highway_bias=-1.0, dtype=dtype, rng=rng, like=like)
             for i in range(hyper["layers"])
         ]
         self.params = {
@@ -102,15 +101,16 @@ class Model:
 
 
 def cross_entropy(logits, targets):
-    """The mean of -log2 p(target) over the rows, in bits, and its gradient with respect to logits (N, 256)."""
-    rows, N = xp.arange(len(targets)), len(targets)
+    """The mean of -log2 p(target) over the rows of logits (N, 256), in bits, and its gradient for the logits."""
+    N, rows = len(targets), xp.arange(len(targets))
     logits = logits - logits.max(1, keepdims=True)
     p = xp.exp(logits)
     total = p.sum(1, keepdims=True)
     bits = (xp.log(total[:, 0]) - logits[rows, targets]).mean() / math.log(2)
     p /= total
     p[rows, targets] -= 1
-    return bits, p / (N * math.log(2))
+    p /= N * math.log(2)
+    return bits, p
 
 
 class Adam:
@@ -124,7 +124,7 @@ class Adam:
     def update(self, grads: dict, lr: float):
         self.steps += 1
         norm = xp.sqrt(sum((g * g).sum() for g in grads.values()))
-        scale = xp.minimum(1.0, self.clip / (norm + 1e-12)).astype(self.params["embed"].dtype)
+        scale = xp.minimum(1.0, self.clip / (norm + 1e-12))
         lr *= math.sqrt(1 - self.beta2**self.steps) / (1 - self.beta1**self.steps)
         for name, p in self.params.items():
             g, mean, square = grads[name] * scale, self.mean[name], self.square[name]
@@ -133,69 +133,15 @@ class Adam:
             p -= lr * mean / (xp.sqrt(square) + 1e-8)
 
 
-class Progress:
-    """On a terminal one line that rewrites itself, elsewhere a plain line every five percent."""
-
-    def __init__(self):
-        self.terminal, self.next = sys.stdout.isatty(), 0.0
-
-    def due(self, fraction: float) -> bool:
-        return time.perf_counter() >= self.next if self.terminal else fraction >= self.next
-
-    def show(self, fraction: float, text: str):
-        text = f"{fraction:4.0%}  {text}"
-        if self.terminal:
-            text = f"[{'#' * int(20 * fraction):-<20}] {text}"
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + text[:width].ljust(width), end="", flush=True)
-            self.next = time.perf_counter() + 0.2
-        else:
-            print(text, flush=True)
-            self.next = fraction + 0.05
-
-    def note(self, text: str):
-        """A line of its own, which stays."""
-        if self.terminal:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r")
-        print(text, flush=True)
-
-
-def standard_library() -> bytes:
-    """The source of Python's standard library, file after file in a fixed order, up to TEXT_CAP bytes."""
-    parts, size = [], 0
-    for folder, subfolders, files in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = sorted(set(subfolders) - NO_TEXT)
-        for name in sorted(name for name in files if name.endswith(".py")):
-            try:
-                with open(os.path.join(folder, name), encoding="utf-8") as file:
-                    parts.append(file.read().encode())
-            except (OSError, UnicodeDecodeError):
-                continue
-            size += len(parts[-1])
-            if size >= TEXT_CAP:
-                return b"".join(parts)[:TEXT_CAP]
-    return b"".join(parts)
-
-
 def streams(text: bytes, B: int):
-    """The text as B parallel streams: bytes (n, B) whose column b is the b-th of B equal parts of the text."""
+    """The text as B parallel streams: bytes (n, B), column b is the b-th of B equal parts of the text."""
     n = len(text) // B
     return to_device(np.frombuffer(text, np.uint8)[: n * B].reshape(B, n).T.copy())
 
 
-def unigram_bits(train: bytes, valid: bytes) -> float:
-    """Bits per character of a model that knows how often each byte occurs in the training part, and no more."""
-    counts = np.bincount(np.frombuffer(train, np.uint8), minlength=VOCAB) + 1.0
-    return float(-np.log2(counts / counts.sum())[np.frombuffer(valid, np.uint8)].mean())
-
-
-def gzip_bits(train: bytes, valid: bytes) -> float:
-    return 8 * (len(gzip.compress(train + valid, 9)) - len(gzip.compress(train, 9))) / len(valid)
-
-
-def evaluate(model: Model, text: bytes, length: int = 128) -> float:
-    """Bits per character over the text, which is cut into up to 32 streams of 256 characters or more."""
-    data = streams(text, B=max(1, min(32, len(text) // 256)))
+def evaluate(model: Model, text: bytes, limit: int | None = None, length: int = 128) -> float:
+    """Bits per character of a text as up to 32 streams, or of the first `limit` characters of each stream."""
+    data = streams(text, B=max(1, min(32, len(text) // 256)))[:limit]
     state, total = model.zero_state(data.shape[1]), 0.0
     for start in range(0, len(data) - 1, length):
         targets = data[start + 1 : start + 1 + length]
@@ -217,7 +163,7 @@ def sample(model: Model, prompt: bytes, N: int, temperature: float, seed: int) -
 
 
 def save(path: str, model: Model, adam: Adam):
-    """Weights, Adam's state and hyper-parameters; a run that dies in here leaves the old file whole."""
+    """Weights, Adam's state and hyper-parameters; whatever happens in here, an old file stays whole."""
     arrays = {"hyper": json.dumps(model.hyper), "adam_steps": adam.steps}
     for kind, named in ("param", adam.params), ("mean", adam.mean), ("square", adam.square):
         arrays |= {f"{kind}.{name}": to_host(array) for name, array in named.items()}
@@ -227,7 +173,7 @@ def save(path: str, model: Model, adam: Adam):
 
 
 def load(path: str) -> tuple[Model, Adam]:
-    """What `save` wrote; OSError, ValueError or KeyError if the file is something else."""
+    """What `save` wrote; OSError, ValueError or KeyError if that is not what is there."""
     if os.path.isfile(path) and not zipfile.is_zipfile(path):
         raise ValueError(path)
     with np.load(path) as file:
@@ -253,7 +199,7 @@ def dropout_masks(rng, model: Model, rate: float, B: int) -> list | None:
     return [to_device((mask / (1 - rate)).astype(model.hyper["dtype"])) for mask in kept]
 
 
-def train(model: Model, adam: Adam, data, args, validate):
+def train(model: Model, adam: Adam, data, args: argparse.Namespace, validation):
     """Train until --steps or --minutes are used up; `data` is the training part as streams (n, B)."""
     rng, progress = np.random.default_rng(args.seed), Progress()
     step, bits, position, state = 0, 0.0, len(data), None
@@ -261,19 +207,18 @@ def train(model: Model, adam: Adam, data, args, validate):
     while True:
         elapsed = time.perf_counter() - start
         fraction = min(1.0, max(step / (args.steps or math.inf), elapsed / 60 / (args.minutes or math.inf)))
-        if fraction == 1.0 or (step and progress.due(fraction)):
-            left, speed = elapsed / fraction - elapsed, step * args.batch * args.length / elapsed
+        if step and (fraction == 1.0 or progress.due(fraction)):
+            left, speed = round(elapsed / fraction - elapsed), step * args.batch * args.length / elapsed
             text = f"step {step:,}  {float(bits):.3f} bits per character  {speed:,.0f} characters/s"
-            progress.show(fraction, f"{text}  {left // 60:.0f}:{left % 60:02.0f} left")
+            progress.show(fraction, f"{text}  {left // 60}:{left % 60:02} left")
             if not math.isfinite(bits):
-                raise FloatingPointError
+                raise FloatingPointError("the loss is not finite")
         if fraction == 1.0:
-            progress.note("")
             return
         if fraction >= next_note:
-            progress.note(validate())
+            progress.note(validation())
             next_note += 0.2
-        if position + args.length >= len(data):  # the streams are at their end, or at their very beginning
+        if position + args.length >= len(data):  # the streams are at their end, or before their beginning
             position, state = 0, model.zero_state(args.batch)
         tokens, targets = (data[position + i : position + i + args.length] for i in (0, 1))
         masks = dropout_masks(rng, model, args.dropout, args.batch)
@@ -284,69 +229,7 @@ def train(model: Model, adam: Adam, data, args, validate):
         bits += (loss - bits) * max(1 / step, 0.02)  # a running mean over about the last fifty steps
 
 
-def number(kind, above: float, below: float = math.inf):
-    """An argparse type: an int or float between two bounds."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not above < value < below:
-            what = "a whole number" if kind is int else "a number"
-            limit = "" if below == math.inf else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"needs {what} above {above:g}{limit}, got {text!r}")
-        return value
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """Every complaint to the user goes through here: one line, exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = parser.add_argument, "(default %(default)s)"
-    add("--text", metavar="FILE", help="what to learn (default: the source of Python's standard library)")
-    add("--out", metavar="FILE", help="weights are written here (default: the --resume file, or char_lm.npz)")
-    add("--resume", metavar="FILE", help="go on from these weights; they fix --layers, --d, --embed and --dtype")
-    add("--steps", type=number(int, 0), metavar="N", help="train for so many pieces of --length characters")
-    add("--minutes", type=number(float, 0), help="train for so long (default 1.7 if --steps is not given)")
-    for name, what in ("layers", "SRU layers"), ("d", "hidden size"), ("embed", "size of a character's embedding"):
-        add(f"--{name}", type=number(int, 0), metavar="N", help=f"{what} (default {MODEL_DEFAULTS[name]})")
-    add("--dtype", choices=["float32", "float64"], help=f"of all arrays (default {MODEL_DEFAULTS['dtype']})")
-    add("--batch", type=number(int, 0), default=32, metavar="N", help=f"parallel streams {default}")
-    add("--length", type=number(int, 0), default=64, metavar="N", help=f"characters of a piece {default}")
-    add("--lr", type=number(float, 0), default=0.01, help=f"highest learning rate {default}")
-    add("--dropout", type=number(float, -1e-9, 1), default=0.0, help=f"rate between the layers {default}")
-    add("--seed", type=number(int, -1), default=0, metavar="N", help=f"of weights, dropout and samples {default}")
-    add("--sample", type=number(int, 0), nargs="?", const=500, metavar="N",
-        help="no training: write N characters (default 500) with the weights of --resume, --out or char_lm.npz")
-    add("--prompt", default="\n", help="what a sample begins with (default: a new line)")
-    add("--temperature", type=number(float, 0), default=0.8, help=f"of samples; lower is safer {default}")
-    return parser
-
-
-def read_text(args, fail) -> bytes:
-    try:
-        if args.text:
-            with open(args.text, "rb") as file:
-                text = file.read()
-        else:
-            text = standard_library()
-    except OSError as error:
-        fail(f"argument --text: cannot read {args.text}: {error.strerror}")
-    needed = max(100, args.batch * (args.length + 1) * 10 // 9 + 10)
-    if len(text) < needed:
-        fail(f"argument --text: {args.text or 'the standard library'} has {len(text)} characters; "
-             f"--batch {args.batch} and --length {args.length} need {needed}")
-    return text
-
-
-def make_model(args, path: str | None, fail) -> tuple[Model, Adam]:
+def make_model(args: argparse.Namespace, path: str | None, fail) -> tuple[Model, Adam]:
     """The model in the weights file `path`, or a new one."""
     given = {name: getattr(args, name) for name in MODEL_DEFAULTS if getattr(args, name) is not None}
     if path is None:
@@ -365,68 +248,59 @@ def make_model(args, path: str | None, fail) -> tuple[Model, Adam]:
     return model, adam
 
 
-def check_writable(path: str, fail):
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "it is a folder")
-        with open(path + ".tmp", "wb"):
-            pass
-        os.remove(path + ".tmp")
-    except OSError as error:
-        fail(f"argument --out: cannot write {path}: {error.strerror}")
-
-
-def run(args, fail) -> int:
-    out = args.out or args.resume or "char_lm.npz"
+def run(args: argparse.Namespace, fail) -> int:
+    """`fail` takes a message and does not return."""
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if not prompt:
         fail("argument --prompt: needs at least one character")
+    out = args.out or args.resume or "char_lm.npz"
     model, adam = make_model(args, args.resume or (out if args.sample else None), fail)
     if args.sample:
         print(sample(model, prompt, args.sample, args.temperature, args.seed))
         return 0
     args.minutes = args.minutes or (None if args.steps else 1.7)
-    text = read_text(args, fail)
-    check_writable(out, fail)
-    cut = len(text) - len(text) // 10
-    learn, valid = text[:cut], text[cut:]
+    learn, valid = split_text(args, fail)
+    try:
+        check_writable(out)
+    except OSError as error:
+        fail(f"argument --out: cannot write {out}: {error.strerror}")
     yardsticks = f"unigram {unigram_bits(learn, valid):.3f}, gzip {gzip_bits(learn, valid):.3f}"
 
-    def validation(part: bytes = valid[:32_000]) -> str:
-        what = "" if len(part) == len(valid) else f" on the first {len(part):,} characters"
-        return f"validation: {evaluate(model, part):.3f} bits per character{what} ({yardsticks})"
+    def validation(limit: int | None = 1000) -> str:
+        part = "" if limit is None else "on a part of the text, "
+        return f"validation {part}{evaluate(model, valid, limit):.3f} bits per character ({yardsticks})"
 
-    parameters = sum(p.size for p in model.params.values())
-    print(f"text: {len(text):,} characters, the last {len(valid):,} of them for validation\n"
-          f"unigram: the entropy coding of each byte by its frequency in the training part\n"
-          f"gzip: level 9, the size of the whole text packed less that of the training part packed\n"
-          f"model: {model.hyper['layers']} SRU layers, d = {model.hyper['d']}, {parameters:,} parameters\n"
-          f"before training, {validation()}", flush=True)
+    size, hyper = sum(p.size for p in model.params.values()), model.hyper
+    print(f"text: {len(learn):,} characters to learn from, {len(valid):,} after them for validation\n"
+          "unigram: each character coded by its frequency in the training part\n"
+          "gzip: level 9, the packed size of the whole text less that of the training part\n"
+          f"model: {hyper['layers']} SRU layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
+          f"before training: {validation()}", flush=True)
     stopped = False
     try:
         train(model, adam, streams(learn, args.batch), args, validation)
     except KeyboardInterrupt:
         stopped = True
-    except FloatingPointError:
-        fail("argument --lr: training diverged (the loss is not finite), no weights saved; try a lower rate")
+    except FloatingPointError as error:
+        fail(f"argument --lr: training diverged at {args.lr} ({error}), no weights saved; try a lower one")
     save(out, model, adam)
+    print(f"\nweights saved in {out}: --resume {out} goes on, --sample --resume {out} lets them write")
     if stopped:
-        print(f"\nStopped by Ctrl-C. Weights saved in {out}; go on with --resume {out}")
+        print("stopped by Ctrl-C")
         return 130
-    print(validation(valid))
-    print(f"weights saved in {out}: --resume {out} goes on, --sample --resume {out} writes text\nsample:")
-    print(sample(model, prompt, args.sample or 500, args.temperature, args.seed))
+    print(f"{validation(None)}\nsample:")
+    print(sample(model, prompt, 500, args.temperature, args.seed))
     return 0
 
 
 def main() -> int:
-    parser = make_parser()
+    parser = make_parser(__doc__, MODEL_DEFAULTS)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     try:
         return run(parser.parse_args(), parser.error)
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C.")
+        print("\nstopped by Ctrl-C before there was anything to save")
         return 130
 
 

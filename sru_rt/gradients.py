@@ -55,12 +55,12 @@ def wanted(function: str, need: Any, given: dict[str, Any]) -> set[str]:
 
 
 def nbytes(value: Any) -> int:
-    """Memory of the distinct arrays in nested tuples and dicts, in bytes."""
+    """Memory of the distinct contiguous arrays in nested tuples and dicts, in bytes."""
     arrays: dict[int, int] = {}
 
     def walk(v: Any) -> None:
         if isinstance(v, np.ndarray):
-            arrays[id(v)] = v.nbytes
+            arrays[v.__array_interface__["data"][0]] = v.nbytes  # two views of one array count once
         elif isinstance(v, dict):
             walk(tuple(v.values()))
         elif isinstance(v, (tuple, list)):

@@ -44,10 +44,10 @@ class Options:
 
 
 def _name(o: Options) -> str:
-    parts = ["sru", {"x": "", "projected": "projected", "none": "no_skip"}[o.skip]]
-    parts += [o.activation if o.activation != "identity" else "", "" if o.reset_gate else "no_reset_gate"]
-    parts += ["on_current" if o.reset_on == "current" else "", "" if o.bias else "no_bias"]
-    parts += [{"params": "", "inputs": "v_per_step", "none": "no_v"}[o.v], "dropout" if o.dropout else ""]
+    parts = ["sru", {"x": "", "projected": "projected", "none": "no_skip"}[o.skip] if o.reset_gate else "basic"]
+    parts += ["" if o.activation == "identity" else o.activation, "on_current" if o.reset_on == "current" else ""]
+    parts += ["" if o.bias else "no_bias", {"params": "", "inputs": "v_per_step", "none": "no_v"}[o.v]]
+    parts += ["dropout" if o.dropout else ""]
     return "_".join(filter(None, parts))
 
 

@@ -1,12 +1,12 @@
 // clang-format off
-// Written by sru_rt from the step function of sru_no_skip_no_reset_gate_no_v; change that one.
+// Written by sru_rt from the step function of sru_basic_no_v; change that one.
 //
 //   f = sigmoid(uf + b_f)
 //   c = f*c' + (1 - f)*u0
 //   h = c
 #pragma once
 
-struct sru_no_skip_no_reset_gate_no_v {
+struct sru_basic_no_v {
   static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 1, n_state = 1, n_constants = 0;
   static constexpr bool affine = true;
 
