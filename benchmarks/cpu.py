@@ -1,9 +1,7 @@
 """Speed of sru_rt on the CPU beside a copy, the matrix products alone, PyPI's `sru`, torch's LSTM and GRU.
 
-    python benchmarks/cpu.py [--quick] [--shapes 128,32,512 ...] [--threads 2] [--out FILE]
-
-One process, one table: SRU with highway, v and bias, float32, d_in = d, one direction. Results are compared
-with a float64 loop first, and what differs gets no speed. README.md beside this file explains the rows.
+One run, one table: SRU with highway, v and bias, float32, d_in = d, one direction. Results are compared with
+a float64 loop first, and what differs gets no speed. README.md beside this file explains the rows.
 """
 
 from __future__ import annotations
@@ -12,9 +10,11 @@ import argparse
 import copy
 import ctypes
 import datetime
-import importlib
+import functools
+import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,15 +32,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle
 import sru_rt
 
-ROOT = Path(__file__).resolve().parents[1]
+Shape = tuple[int, int, int]  # L, B, d
+PASSES = "forward", "forward + backward"
 SMALL, MIDDLE, LARGE = SHAPES = (32, 32, 128), (128, 32, 512), (512, 16, 1024)
-THREAD_VARIABLES = [f"{library}_NUM_THREADS" for library in ("OPENBLAS", "MKL", "OMP", "SRU_RT")]
 ALPHA = math.sqrt(3)
 TOLERANCE = 2e-5  # of an array's largest magnitude: float32 rounding through 512 steps, against float64
-PAUSE = 0.1  # seconds of sleep before each block: by then the threads of the last library spin no more
+PAUSE = 0.1  # seconds of sleep before each block: by then the threads of the last block spin no more
 
 # What the project aims at; a shape that is not named has no target.
-TARGETS: dict[str, dict[tuple, float]] = {
+TARGETS = {
     "layer, forward": {MIDDLE: 1.10, LARGE: 1.10},
     "layer, forward + backward": {MIDDLE: 1.12, LARGE: 1.12},
     "sru, forward": {MIDDLE: 1.5, LARGE: 1.3},
@@ -50,25 +50,25 @@ TARGETS: dict[str, dict[tuple, float]] = {
 }
 
 
-class Variant(NamedTuple):
-    """One row: what is timed, the bytes or operations in it, and the row that it is held against."""
+class Row(NamedTuple):
+    """What is timed, the work in it, and the row that it is held against."""
 
     label: str
     threads: int
-    call: Callable[[], object]
-    work: float = 0.0  # in units, for one job
+    call: Callable[[], object] | None  # None outside of the process that measures it
+    work: float = 0.0  # in units
     unit: str = ""  # GB or GF
     against: str = ""  # the label of a row with the same threads
     sense: str = ""  # "of": its time / ours, at least the target; "x": ours / its, at most; else at least
     target: float | None = None
-    repeats: int = 1  # how often one call does the job
+    repeats: int = 1  # how often one call does the work
     fault: str = ""  # why no speed is given
 
 
 class Problem:
     """The arrays of one shape, the calls of sru_rt on them, and the results that a float64 loop finds."""
 
-    def __init__(self, shape: tuple[int, int, int], threads: int) -> None:
+    def __init__(self, shape: Shape, threads: int) -> None:
         self.shape, self.threads = shape, threads
         L, B, d = shape
         rng = np.random.default_rng(0)
@@ -77,46 +77,41 @@ class Problem:
         self.bias, self.v = rng.uniform(-1, 1, (2, 1, 2, d)).astype(np.float32)
         self.u = (self.x.reshape(-1, d) @ self.weight.reshape(-1, d).T).reshape(L, B, 1, 3, d)
         self.out = np.empty_like(self.x), np.empty((1, B, d), np.float32)
-        self.elements = L * B * d
         self.expected = self.expect()
 
     def expect(self) -> dict[str, Any]:
         """Outputs and gradients of the layer; u and skip are those of the recurrence alone."""
         given = (oracle.project(self.x, self.weight), self.x, self.bias, self.v)
-        expected = oracle.sru_recurrence_backward(*given, dh=self.dh, alpha=ALPHA)
-        expected["h"], expected["c_last"] = oracle.sru_recurrence(*given, alpha=ALPHA)
-        expected["skip"] = expected["x"]
-        du, x, weight = expected["u"][:, :, 0], oracle.float64(self.x), oracle.float64(self.weight[0])
-        expected["x"] = expected["skip"] + np.tensordot(du, weight, 2)
-        expected["weight"] = np.tensordot(du, x, ((0, 1), (0, 1)))[None]
-        return expected
+        h, c_last = oracle.sru_recurrence(*given, alpha=ALPHA)
+        g = oracle.sru_recurrence_backward(*given, dh=self.dh, alpha=ALPHA)
+        du, x, weight = g["u"][:, :, 0], oracle.float64(self.x), oracle.float64(self.weight[0])
+        dx, dweight = g["x"] + np.tensordot(du, weight, 2), np.tensordot(du, x, ((0, 1), (0, 1)))
+        return g | {"h": h, "c_last": c_last, "skip": g["x"], "x": dx, "weight": dweight[None]}
 
     def fault(self, **found: Any) -> str:
         """Empty where everything agrees with the float64 loop, else what differs and by how much."""
-        for name, array in found.items():
-            error = oracle.relative_error(array, self.expected[name])
-            if not error <= TOLERANCE:
-                return f"no speed: {name} differs by {error:.1e}"
-        return ""
+        errors = {name: oracle.relative_error(array, self.expected[name]) for name, array in found.items()}
+        wrong = [f"{name} differs by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+        return "no speed: " + ", ".join(wrong) if wrong else ""
 
     def recurrence(self, save: bool = False) -> tuple:
         return sru_rt.sru_recurrence(self.u, self.x, self.bias, self.v, alpha=ALPHA, save=save, out=self.out)
 
-    def layer(self, save: bool = False, out: tuple | None = None) -> tuple:
-        return sru_rt.sru_forward(self.x, self.weight, self.bias, self.v, alpha=ALPHA, save=save, out=out)
+    def layer(self, save: bool = False) -> tuple:
+        return sru_rt.sru_forward(self.x, self.weight, self.bias, self.v, alpha=ALPHA, save=save)
 
     def layer_and_backward(self) -> tuple:
         h, c_last, saved = self.layer(save=True)
         return h, c_last, sru_rt.sru_backward(saved, self.dh)
 
 
-def copies(p: Problem) -> list[Variant]:
+def copies(p: Problem) -> list[Row]:
     """The yardstick: memmove with the bytes and footprint of a recurrence, half read and half written."""
-    source, target = np.ones((2, 20 * p.elements), np.uint8)
+    source, target = np.ones((2, 20 * p.x.size), np.uint8)
     pool = ThreadPoolExecutor(p.threads)
 
-    def variant(width: int, threads: int) -> Variant:
-        half = width * p.elements // 2
+    def copy_row(width: int, threads: int) -> Row:
+        half = width * p.x.size // 2
         repeats = max(1, 32_000_000 // half)  # starting the threads costs next to nothing then
 
         def share(i: int) -> None:
@@ -124,20 +119,18 @@ def copies(p: Problem) -> list[Variant]:
             for _ in range(repeats):
                 ctypes.memmove(target.ctypes.data + start, source.ctypes.data + start, end - start)
 
-        def call() -> object:
-            return share(0) if threads == 1 else list(pool.map(share, range(threads)))
+        call = (lambda: share(0)) if threads == 1 else (lambda: list(pool.map(share, range(threads))))
+        return Row(f"copy, {width} B/element", threads, call, 2e-9 * half, "GB", repeats=repeats)
 
-        return Variant(f"copy, {width} B/element", threads, call, 2e-9 * half, "GB", repeats=repeats)
+    def touch() -> None:
+        for width in (12, 4):  # du and dx of a backward
+            np.empty(width * p.x.size, np.uint8)[::4096] = 0
 
-    def touch_new_memory() -> None:
-        for size in (12, 4):  # du and dx of a backward
-            np.empty(size * p.elements, np.uint8)[::4096] = 0
-
-    rows = [variant(width, threads) for width in (20, 24, 40) for threads in sorted({1, p.threads})]
-    return [*rows, Variant("page faults of 16 B/element", 1, touch_new_memory)]
+    rows = [copy_row(width, threads) for width in (20, 24, 40) for threads in sorted({1, p.threads})]
+    return [*rows, Row("page faults of 16 B/element", 1, touch)]
 
 
-def recurrences(p: Problem) -> list[Variant]:
+def recurrences(p: Problem) -> list[Row]:
     h, c_last, saved = p.recurrence(save=True)
     g = sru_rt.sru_backward(saved, p.dh)
     fault = p.fault(h=h, c_last=c_last, u=g.u, skip=g.x, bias=g.bias, v=g.v) or p.fault(h=p.recurrence()[0])
@@ -147,22 +140,21 @@ def recurrences(p: Problem) -> list[Variant]:
         ("recurrence, forward, save=True, out=", 24, lambda: p.recurrence(save=True)),
         ("recurrence, backward", 40, lambda: sru_rt.sru_backward(saved, p.dh)),
     ):
-        moved, copied = width * p.elements, f"copy, {width} B/element"
-        outside = moved > max(caches().values(), default=32 << 20)
+        moved, copied = width * p.x.size, f"copy, {width} B/element"
+        in_cache = moved <= max(caches().values(), default=32 << 20)
         for threads in sorted({1, p.threads}):
-            target = (0.8 if threads == 1 else 0.7) if outside else None
-            rows.append(Variant(label, threads, call, moved / 1e9, "GB", copied, "of", target, fault=fault))
+            target = None if in_cache else 0.8 if threads == 1 else 0.7
+            rows.append(Row(label, threads, call, moved / 1e9, "GB", copied, "of", target, fault=fault))
     return rows
 
 
-def layers(p: Problem) -> list[Variant]:
+def layers(p: Problem) -> list[Row]:
     """The matrix products, into arrays that exist already, and the layer."""
-    d, n = p.shape[2], p.threads
+    d = p.shape[2]
     x, w, u = p.x.reshape(-1, d), p.weight.reshape(-1, d), p.u.reshape(-1, 3 * d)
     u_out, dx, dw = np.empty_like(u), np.empty_like(x), np.empty_like(w)
 
-    def product() -> None:
-        np.matmul(x, w.T, out=u_out)
+    product = functools.partial(np.matmul, x, w.T, out=u_out)
 
     def products() -> None:
         product()
@@ -170,36 +162,26 @@ def layers(p: Problem) -> list[Variant]:
         np.matmul(u.T, x, out=dw)
 
     h, c_last, g = p.layer_and_backward()
-    fault = p.fault(h=h, c_last=c_last, x=g.x, weight=g.weight, bias=g.bias, v=g.v)
-    fault = fault or p.fault(h=p.layer(out=p.out)[0])
-    work = {"forward": 2e-9 * x.size * len(w), "forward + backward": 6e-9 * x.size * len(w)}
-
-    def layer(which: str, suffix: str, call: Callable) -> Variant:
-        target = TARGETS[f"layer, {which}"].get(p.shape)
-        label, other = f"layer, {which}{suffix}", f"products, {which}"
-        return Variant(label, n, call, work[which], "GF", other, "x", target, fault=fault)
-
-    return [
-        Variant("products, forward", n, product, work["forward"], "GF"),
-        Variant("products, forward + backward", n, products, work["forward + backward"], "GF"),
-        layer("forward", ", out=", lambda: p.layer(out=p.out)),
-        layer("forward", "", p.layer),
-        layer("forward + backward", "", p.layer_and_backward),
-    ]
+    fault = p.fault(h=h, c_last=c_last, x=g.x, weight=g.weight, bias=g.bias, v=g.v) or p.fault(h=p.layer()[0])
+    rows = []
+    for which, alone, call, times in zip(PASSES, (product, products), (p.layer, p.layer_and_backward), (1, 3)):
+        work, label, target = 2e-9 * times * x.size * len(w), f"products, {which}", TARGETS[f"layer, {which}"]
+        rows.append(Row(label, p.threads, alone, work, "GF"))
+        rows.append(Row(f"layer, {which}", p.threads, call, work, "GF", label, "x", target.get(p.shape), fault=fault))
+    return rows
 
 
-def peers(p: Problem) -> list[Variant]:
+def peers(p: Problem) -> list[Row]:
     rows = []
     for name in ("sru", "LSTM", "GRU"):
-        calls: dict[str, Callable] = {"forward": int, "forward + backward": int}
         try:
             calls, fault = peer(p, name)
         except Exception as error:  # `sru` builds C++ code when it is imported, which can fail in many ways
-            fault = f"not available: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            calls, fault = dict.fromkeys(PASSES, int), f"not available: {error!r}"[:120]
         for which, call in calls.items():
-            label, ours = f"{name}, {which}", f"layer, {which}"
+            label, ours, sense = f"{name}, {which}", f"layer, {which}", "x the time of"
             target = TARGETS.get(label, {}).get(p.shape)
-            rows.append(Variant(label, p.threads, call, 0, "", ours, "x the time of", target, fault=fault))
+            rows.append(Row(label, p.threads, call, 0, "", ours, sense, target, fault=fault))
     return rows
 
 
@@ -239,123 +221,133 @@ def torch_calls(torch: Any, module: Any, p: Problem) -> dict[str, Callable]:
         h.backward(dh)
         return h.detach(), state, leaf.grad
 
-    return {"forward": forward, "forward + backward": forward_and_backward}
+    return dict(zip(PASSES, (forward, forward_and_backward)))
 
 
-def measure(variants: list[Variant], rounds: int, budget: float) -> dict[Variant, list[float]]:
-    """Seconds of every call. Each round has one block of every variant, in random order, after a pause: one
-    call that is not counted, then 1 to 20 within about 0.2 s. What takes over 1 s has its uncounted call in
-    the first round only. No round starts once `budget` seconds have passed."""
-    samples: dict[Variant, list[float]] = {v: [] for v in variants if not v.fault}
-    start, rng = time.perf_counter(), np.random.default_rng(0)
+ROWS: list[Row] = []  # in a measuring process: its rows
 
-    def seconds(v: Variant) -> float:
+
+def prepare(shape: Shape, threads: int, group: str) -> list[Row]:
+    """In a measuring process: its rows, without their calls. Peers have a process of their own, as what a library
+    leaves in the heap decides whether new arrays of another one cost page faults."""
+    warnings.filterwarnings("ignore", module=r"sru\.")  # it has no CUDA, and minds gradients on the CPU
+    p = Problem(shape, threads)
+    ROWS.extend(peers(p) if group == "peers" else copies(p) + recurrences(p) + layers(p))
+    return [row._replace(call=None) for row in ROWS]
+
+
+def block(i: int, last: float) -> list[float]:
+    """Seconds of 1 to 20 calls, within about 0.2 s; one is not counted before, unless `last` took over 1 s."""
+    row = ROWS[i]
+    os.environ["SRU_RT_NUM_THREADS"] = str(row.threads)  # sru_rt reads it at every call
+
+    def seconds() -> float:
         before = time.perf_counter()
-        v.call()
-        return (time.perf_counter() - before) / v.repeats
+        row.call()
+        return (time.perf_counter() - before) / row.repeats
 
-    for _ in range(rounds):
-        if time.perf_counter() - start > budget:
-            break
-        for i in rng.permutation(len(samples)):
-            v, times = list(samples.items())[i]
-            os.environ["SRU_RT_NUM_THREADS"] = str(v.threads)  # sru_rt reads it at every call
-            time.sleep(PAUSE)
-            first = times[-1] if times and times[-1] > 1 else seconds(v)
-            times += [seconds(v) for _ in range(min(max(int(0.2 / first / v.repeats), 1), 20))]
+    first = last if last > 1 else seconds()
+    return [seconds() for _ in range(min(max(int(0.2 / first / row.repeats), 1), 20))]
+
+
+def measure(shape: Shape, threads: int, rounds: int, budget: float) -> dict[Row, list[float]]:
+    """Seconds of every counted call. A round has one block of every row, in random order, after a pause."""
+    spawn, rng = multiprocessing.get_context("spawn"), np.random.default_rng(0)
+    with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as others:
+        where, samples = {}, {}
+        for pool, group in ((ours, "ours"), (others, "peers")):
+            for i, row in enumerate(pool.submit(prepare, shape, threads, group).result()):
+                where[row], samples[row] = (pool, i), []
+        end = time.perf_counter() + budget
+        for _ in range(rounds):
+            for row in [list(samples)[i] for i in rng.permutation(len(samples))]:
+                if not row.fault and (time.perf_counter() < end or not samples[row]):
+                    time.sleep(PAUSE)
+                    pool, i = where[row]
+                    samples[row] += pool.submit(block, i, samples[row][-1] if samples[row] else 0.0).result()
     return samples
 
 
-def results(p: Problem, rounds: int, budget: float) -> list[dict[str, Any]]:
-    """One dictionary for each row of this shape."""
-    variants = copies(p) + recurrences(p) + layers(p) + peers(p)
-    samples = measure(variants, rounds, budget)
-    best = {(v.label, v.threads): (float(np.median(times)), min(times)) for v, times in samples.items()}
-    rows = []
-    for v in variants:
-        row: dict[str, Any] = {"shape": p.shape, "what": v.label, "threads": v.threads, "note": v.fault}
-        rows.append(row)
-        if v.fault:
+def results(shape: Shape, samples: dict[Row, list[float]]) -> list[dict[str, Any]]:
+    """Row by row what was timed, the times in milliseconds, and the comparison, by medians and by minima."""
+    best = {(row.label, row.threads): (float(np.median(t)), min(t)) for row, t in samples.items() if t}
+    found = []
+    for row, times in samples.items():
+        one = {"shape": shape, **row._replace(call=None)._asdict(), "n": len(times)}
+        found.append(one)
+        if row.fault:
             continue
-        own, other = best[v.label, v.threads], best.get((v.against, v.threads))
-        times = {"median_ms": own[0], "min_ms": own[1], "max_ms": max(samples[v])}
-        row |= {name: round(1e3 * t, 4) for name, t in times.items()} | {"n": len(samples[v])}
-        row |= {"rate": round(v.work / own[0], 2), "unit": v.unit + "/s"} if v.work else {}
+        own, other = best[row.label, row.threads], best.get((row.against, row.threads))
+        in_ms = {"median_ms": own[0], "min_ms": own[1], "max_ms": max(times)}
+        one |= {name: round(1e3 * t, 4) for name, t in in_ms.items()} | {"rate": round(row.work / own[0], 2)}
         if other:
-            values = [b / a if v.sense == "of" else a / b for a, b in zip(own, other)]
-            row |= {"value": round(values[0], 3), "by_minima": round(values[1], 3)}
-            row |= {"sense": v.sense, "against": v.against}
-            if v.target:
-                reached = values[0] <= v.target if v.sense == "x" else values[0] >= v.target
-                row |= {"target": v.target, "reached": reached}
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["(L, B, d) | what | threads | median ms | min - max | n | rate | compared | target"]
-    lines.append(" | ".join(["---"] * 9))
-    for row in rows:
-        cells = ["{shape} | {what} | {threads}"]
-        cells += ["{median_ms:.2f} | {min_ms:.2f} - {max_ms:.2f} | {n}" if "n" in row else "{note} | |"]
-        cells += ["{rate:.1f} {unit}" if "unit" in row else ""]
-        cells += ["{value:.2f} ({by_minima:.2f}) {sense} {against}" if "value" in row else ""]
-        sign = "<=" if row.get("sense") == "x" else ">="
-        verdict = {None: "", True: "reached", False: "MISSED"}[row.get("reached")]
-        cells += [f"{sign} {{target}} {verdict}" if verdict else ""]
-        lines.append(" | ".join(cells).format(**row))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def caches() -> dict[str, int]:
-    """Bytes of the caches that core 0 sees, by level and kind, where the system tells."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-        found[f"L{level} {kind}"] = int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+            value, by_minima = (b / a if row.sense == "of" else a / b for a, b in zip(own, other))
+            one |= {"value": round(value, 3), "by_minima": round(by_minima, 3)}
+            if row.target:
+                one["reached"] = value <= row.target if row.sense == "x" else value >= row.target
     return found
 
 
-def environment() -> dict[str, Any]:
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["(L, B, d) | what | threads | median ms | min - max | n | rate | compared | target", "--- |" * 9]
+    for row in rows:
+        cells = ["{shape} | {label} | {threads}"]
+        cells += ["{fault} | |" if row["fault"] else "{median_ms:.2f} | {min_ms:.2f} - {max_ms:.2f} | {n}"]
+        cells += ["{rate:.1f} {unit}/s" if row["unit"] and not row["fault"] else ""]
+        cells += ["{value:.2f} ({by_minima:.2f}) {sense} {against}" if "value" in row else ""]
+        bound, verdict = "<=" if row["sense"] == "x" else ">=", "reached" if row.get("reached") else "MISSED"
+        cells += [f"{bound} {{target}} {verdict}" if "reached" in row else ""]
+        lines.append(" | ".join(cells).format(**row))
+    return "\n".join(f"| {line.rstrip('|')} |" for line in lines)
+
+
+def caches() -> dict[str, int]:
+    """Bytes of the caches of core 0, by level and kind, where the system tells."""
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    read = [[(folder / name).read_text().strip() for name in ("level", "type", "size")] for folder in folders]
+    return {f"L{level} {kind}": int(size.rstrip("K")) << 10 for level, kind, size in read}
+
+
+def environment(root: Path) -> dict[str, Any]:
     """Machine, versions, and the commit, which is known if sru_rt is imported from this checkout."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = info.partition("model name")[2].partition("\n")[0].strip(" :\t") or platform.machine()
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    versions = {"python": platform.python_version(), "blas": f"{blas.get('name')} {blas.get('version')}"}
-    modules = [sys.modules[name] for name in ("sru_rt", "numpy", "torch", "sru") if name in sys.modules]
-    versions |= {module.__name__: module.__version__ for module in modules}
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    ours = ROOT in Path(sru_rt.__file__).resolve().parents
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {name: installed.get(name, "not installed") for name in ("numpy", "torch", "sru")}
+    versions |= {"blas": f"{blas['name']} {blas['version']}", "sru_rt": sru_rt.__version__}
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    ours = root in Path(sru_rt.__file__).resolve().parents
     commit = ours and subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "caches": caches(), "system": platform.system()}
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "caches": caches(), "python": platform.python_version()}
     return {"commit": commit or "unknown", "machine": machine, "versions": versions}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    option, folder = parser.add_argument, ROOT / "benchmarks/results" if (ROOT / ".git").exists() else Path()
+    root, today, option = Path(__file__).resolve().parents[1], datetime.date.today(), parser.add_argument
+    folder = root / "benchmarks/results" if (root / ".git").exists() else Path()
     option("--shapes", nargs="+", metavar="L,B,d", default=[",".join(map(str, s)) for s in SHAPES])
     option("--threads", type=int, default=2, help="of sru_rt, BLAS and torch; default: %(default)s")
-    option("--rounds", type=int, default=7, help="blocks of each variant; default: %(default)s")
+    option("--rounds", type=int, default=7, help="blocks of each row; default: %(default)s")
     option("--budget", type=float, default=300, help="seconds for one shape; default: %(default)s")
     option("--quick", action="store_true", help="one round of the first shape")
-    option("--out", type=Path, default=folder / f"cpu-{datetime.date.today()}.json")
+    option("--out", type=Path, default=folder / f"cpu-{today}.json", help="default: %(default)s")
     args = parser.parse_args()
-    threads = {name: str(args.threads) for name in THREAD_VARIABLES}
-    if not threads.items() <= os.environ.items():  # BLAS has read them already: start again with them set
-        path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")  # ninja, for `sru`
-        return subprocess.call([sys.executable, *sys.argv], env=os.environ | threads | {"PATH": path})
-    warnings.filterwarnings("ignore", module=r"sru\.")  # it has no CUDA, and does not like gradients on a CPU
-    shapes, rounds = (args.shapes[:1], 1) if args.quick else (args.shapes, args.rounds)
+    for library in ("OPENBLAS", "MKL", "OMP"):  # read when a measuring process loads them
+        os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`
     rows, load = [], os.getloadavg()
-    for shape in shapes:
-        rows += results(Problem(tuple(map(int, shape.split(","))), args.threads), rounds, args.budget)
-        print(f"{shape} done", file=sys.stderr)
-    report = {"date": str(datetime.date.today()), **environment(), "threads": args.threads}
+    for text in args.shapes[:1] if args.quick else args.shapes:
+        shape = tuple(map(int, text.split(",")))
+        rows += results(shape, measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget))
+        print(f"{text} done", file=sys.stderr)
+    report = {"date": str(today), **environment(root), "threads": args.threads}
     report |= {"load before and after": [load, os.getloadavg()], "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows), f"\nwritten: {args.out}")
-    return int(any(row["note"].startswith("no speed") for row in rows))
+    return int(any(row["fault"].startswith("no speed") for row in rows))
 
 
 if __name__ == "__main__":

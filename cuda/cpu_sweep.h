@@ -105,8 +105,8 @@ struct CpuSweep {
     SRU_MEMBER Values(const Reader &from, index_t j, int n) {
       for (int i = 0; i < Cell::n_gates; i++) gate[i] = get<whole>(from.gate[i] + j, n);
       for (int i = 0; i < Cell::n_inputs; i++)
-        input[i] = is_wide(i) ? get<whole>((const acc *)from.input[i] + j, n)
-                              : get<whole>((const Io *)from.input[i] + j, n);
+        input[i] =
+            is_wide(i) ? get<whole>((const acc *)from.input[i] + j, n) : get<whole>((const Io *)from.input[i] + j, n);
       for (int i = 0; i < Cell::n_per_sequence; i++) per_sequence[i] = get<whole>(from.per_sequence[i] + j, n);
       for (int i = 0; i < Cell::n_params; i++) param[i] = get<whole>(from.param[i] + j, n);
     }
@@ -193,8 +193,7 @@ struct CpuSweep {
         const Slot &to = f.dper_sequence[i];
         per_sequence[i] = to.data ? (acc *)to.data + at.sequence * to.stride : nullptr;
       }
-      for (int i = 0; i < Cell::n_params; i++)
-        param[i] = f.dparam[i].data ? partial_row(f, at.sequence, i) : nullptr;
+      for (int i = 0; i < Cell::n_params; i++) param[i] = f.dparam[i].data ? partial_row(f, at.sequence, i) : nullptr;
     }
   };
   SRU_FN acc *partial_row(const BackwardArguments<Cell> &f, index_t sequence, int i) {
@@ -236,8 +235,7 @@ struct CpuSweep {
         if (to.per_sequence[i]) add<whole>(to.per_sequence[i] + j, dper_sequence[i], n);
       for (int i = 0; i < Cell::n_params; i++)
         if (to.param[i]) add<whole>(to.param[i] + j, dparam[i], n);
-      for (int i = 0; i < Cell::n_state; i++)
-        put<whole>(dstate[i] + j, starts_anew ? real(0) : dold_state[i], n);
+      for (int i = 0; i < Cell::n_state; i++) put<whole>(dstate[i] + j, starts_anew ? real(0) : dold_state[i], n);
     }
   };
   template <bool whole>
@@ -274,8 +272,8 @@ struct CpuSweep {
     }
     const State *prev[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++) prev[i] = at.starts_anew ? nullptr : kept[i];
-    for_channels(part, GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate,
-                                          at.starts_anew});
+    for_channels(part,
+                 GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate, at.starts_anew});
   }
 
   // Recomputes the states before steps begin .. end - 1 into the scratch, from the one that was kept.
@@ -288,8 +286,7 @@ struct CpuSweep {
         for (int i = 0; i < Cell::n_state; i++) {
           prev[i] = (acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
           next[i] = prev[i] + rows * a.d;
-          if (s == begin)
-            copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
+          if (s == begin) copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
         }
         if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, nullptr);
       }
@@ -390,14 +387,14 @@ struct CpuSweep {
 };
 
 // The entry points of one compiled kernel.
-#define SRU_CPU_KERNEL(Cell, Io, Saved, wide)                                                                  \
-  typedef CpuSweep<Cell, Io, Saved, wide> Sweep;                                                               \
-  SRU_EXPORT void forward(const ForwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) {              \
-    Sweep::run(*f, Sweep::forward, parallel_for, tasks);                                                       \
-  }                                                                                                            \
-  SRU_EXPORT void backward(const BackwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) {            \
-    Sweep::run(*f, Sweep::backward, parallel_for, tasks);                                                      \
-    Sweep::sum_partials(*f);                                                                                   \
-  }                                                                                                            \
-  SRU_EXPORT index_t forward_size() { return sizeof(ForwardArguments<Cell>); }                                 \
+#define SRU_CPU_KERNEL(Cell, Io, Saved, wide)                                                       \
+  typedef CpuSweep<Cell, Io, Saved, wide> Sweep;                                                    \
+  SRU_EXPORT void forward(const ForwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) {   \
+    Sweep::run(*f, Sweep::forward, parallel_for, tasks);                                            \
+  }                                                                                                 \
+  SRU_EXPORT void backward(const BackwardArguments<Cell> *f, ParallelFor parallel_for, int tasks) { \
+    Sweep::run(*f, Sweep::backward, parallel_for, tasks);                                           \
+    Sweep::sum_partials(*f);                                                                        \
+  }                                                                                                 \
+  SRU_EXPORT index_t forward_size() { return sizeof(ForwardArguments<Cell>); }                      \
   SRU_EXPORT index_t backward_size() { return sizeof(BackwardArguments<Cell>); }

@@ -51,8 +51,10 @@ def split_text(args: argparse.Namespace, fail) -> tuple[bytes, bytes]:
         fail(f"argument --text: cannot read {args.text}: {error.strerror}")
     cut = len(text) - len(text) // 10
     if cut < max(100, args.batch * (args.length + 1)):
-        fail(f"argument --text: {args.text or 'the standard library'} has {len(text):,} characters, too few "
-             f"for --batch {args.batch} streams with pieces of --length {args.length}")
+        fail(
+            f"argument --text: {args.text or 'the standard library'} has {len(text):,} characters, too few "
+            f"for --batch {args.batch} streams with pieces of --length {args.length}"
+        )
     return text[:cut], text[cut:]
 
 
@@ -119,8 +121,14 @@ def make_parser(description: str, model: dict) -> Parser:
     add("--lr", type=positive, default=0.01, help=f"highest learning rate {default}")
     add("--dropout", type=number(float, 0, 1), default=0.0, help=f"rate inside the layers {default}")
     add("--seed", type=number(int, 0), default=0, help=f"of weights, dropout and samples {default}")
-    add("--sample", type=count, nargs="?", const=500, metavar="N",
-        help="only write N characters (default 500) with the weights of --resume, --out or char_lm.npz")
+    add(
+        "--sample",
+        type=count,
+        nargs="?",
+        const=500,
+        metavar="N",
+        help="only write N characters (default 500) with the weights of --resume, --out or char_lm.npz",
+    )
     add("--prompt", default="\n", help="what the sample begins with (default: a new line)")
     add("--temperature", type=positive, default=0.8, help=f"of the sample; lower is safer {default}")
     return parser
@@ -139,7 +147,7 @@ class Progress:
         text = f"{fraction:4.0%}  {text}"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            print("\r" + f"[{'#' * int(20 * fraction):-<20}]{text}"[:width].ljust(width), end="", flush=True)
+            print("\r" + f"[{'#' * int(10 * fraction):-<10}] {text}"[:width].ljust(width), end="", flush=True)
             self.next = time.perf_counter() + 0.2
         else:
             print(text, flush=True)

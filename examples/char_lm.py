@@ -101,7 +101,7 @@ class Model:
 
 
 def cross_entropy(logits, targets):
-    """The mean of -log2 p(target) over the rows of logits (N, 256), in bits, and its gradient for the logits."""
+    """The mean of -log2 p(target) in bits, and its gradient with respect to the logits (N, 256)."""
     N, rows = len(targets), xp.arange(len(targets))
     logits = logits - logits.max(1, keepdims=True)
     p = xp.exp(logits)
@@ -209,7 +209,7 @@ def train(model: Model, adam: Adam, data, args: argparse.Namespace, validation):
         fraction = min(1.0, max(step / (args.steps or math.inf), elapsed / 60 / (args.minutes or math.inf)))
         if step and (fraction == 1.0 or progress.due(fraction)):
             left, speed = round(elapsed / fraction - elapsed), step * args.batch * args.length / elapsed
-            text = f"step {step:,}  {float(bits):.3f} bits per character  {speed:,.0f} characters/s"
+            text = f"step {step:,}  {float(bits):.3f} bits/char  {speed:,.0f} chars/s"
             progress.show(fraction, f"{text}  {left // 60}:{left % 60:02} left")
             if not math.isfinite(bits):
                 raise FloatingPointError("the loss is not finite")
@@ -271,11 +271,14 @@ def run(args: argparse.Namespace, fail) -> int:
         return f"validation {part}{evaluate(model, valid, limit):.3f} bits per character ({yardsticks})"
 
     size, hyper = sum(p.size for p in model.params.values()), model.hyper
-    print(f"text: {len(learn):,} characters to learn from, {len(valid):,} after them for validation\n"
-          "unigram: each character coded by its frequency in the training part\n"
-          "gzip: level 9, the packed size of the whole text less that of the training part\n"
-          f"model: {hyper['layers']} SRU layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
-          f"before training: {validation()}", flush=True)
+    print(
+        f"text: {len(learn):,} characters to learn from, {len(valid):,} after them for validation\n"
+        "unigram: each character coded by its frequency in the training part\n"
+        "gzip: level 9, the packed size of the whole text less that of the training part\n"
+        f"model: {hyper['layers']} SRU layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
+        f"before training: {validation()}",
+        flush=True,
+    )
     stopped = False
     try:
         train(model, adam, streams(learn, args.batch), args, validation)

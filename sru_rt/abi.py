@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 from .cell import Cell
@@ -68,7 +68,7 @@ class Backward:
     dinputs: Sequence[Slot]
     dper_sequence: Sequence[Slot]
     dparams: Sequence[Slot]
-    dc0: Sequence[int] = field(default_factory=tuple)
+    dc0: Sequence[int]
 
 
 def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
@@ -81,17 +81,17 @@ def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
         values += [b.dh, *b.dc_last, *b.saved, *b.states, b.partial]
         values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
         values += b.dc0
-    return layout(cell, type(arguments)).pack(*values)
+    return layout(cell, isinstance(arguments, Forward)).pack(*values)
 
 
 @cache
-def layout(cell: Cell, kind: type[Forward] | type[Backward]) -> struct.Struct:
+def layout(cell: Cell, forward: bool) -> struct.Struct:
     """Sizes and order of the fields; sizeof() of the C++ struct is compared to it when a kernel is loaded."""
     slots = [len(cell.gates), len(cell.inputs), len(cell.per_sequence), len(cell.params)]
     integers = 2 * sum(max(1, n) for n in slots)
     states = len(cell.state)
     given = f"{8 + integers + states}q{max(1, len(cell.constants))}d"
-    if kind is Forward:
+    if forward:
         return struct.Struct(f"={given}{1 + 2 * states}q")
     return struct.Struct(f"={given}{2 + 3 * states + integers + states}q")
 

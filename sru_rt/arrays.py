@@ -53,7 +53,8 @@ def _foreign_library(function: str, args: tuple[Any, ...], kwargs: dict[str, Any
             found.add(library(value))
     if len(found) > 1:
         raise LibraryError(
-            f"{function}: the arguments are arrays of different libraries ({', '.join(sorted(found))}); convert them to one"
+            f"{function}: the arguments are arrays of different libraries ({', '.join(sorted(found))}); convert them "
+            "to one"
         )
     return next(iter(found - {"numpy"}), None)
 
@@ -72,8 +73,9 @@ def _call_through_dlpack(function: Callable[..., Any], name: str, args: tuple[An
     if kwargs.get("save") or kwargs.get("out") is not None:
         option = "save" if kwargs.get("save") else "out"
         raise LibraryError(
-            f"{function.__name__}: {option}= is not available for arrays of {name}, which are served forward only; pass NumPy arrays "
-            "(for instance numpy.from_dlpack(x))"
+            f"{function.__name__}: {option}= is not available for arrays of {name}, which are served forward only; "
+            "pass "
+            "NumPy arrays (for instance numpy.from_dlpack(x))"
         )
     example = next(v for v in _leaves((*args, *kwargs.values())) if hasattr(v, "__dlpack__"))
 
@@ -91,14 +93,15 @@ def to_numpy(function: str, array: Any) -> np.ndarray[Any, Any]:
     name = library(array)
     if getattr(array, "requires_grad", False):
         raise LibraryError(
-            f"{function}: a {name} array requires a gradient, which would be lost here; pass x.detach(), or use NumPy arrays with "
-            "save=True and the backward function"
+            f"{function}: a {name} array requires a gradient, which would be lost here; pass x.detach(), or use NumPy "
+            "arrays with save=True and the backward function"
         )
     try:
         device = array.__dlpack_device__()[0]
         if device not in _CPU_DEVICES:
             raise LibraryError(
-                f"{function}: a {name} array is on device type {int(device)} of DLPack; this version computes on the CPU: move it there"
+                f"{function}: a {name} array is on device type {int(device)} of DLPack; this version computes on the "
+                "CPU: move it there"
             )
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -130,7 +133,7 @@ def _importer(example: Any) -> Callable[[Any], Any] | None:
     candidates = [sys.modules.get(f"{name}.numpy") if name == "jax" else None, sys.modules.get(name)]
     if hasattr(example, "__array_namespace__"):
         candidates.append(example.__array_namespace__())
-    return next((m.from_dlpack for m in candidates if hasattr(m, "from_dlpack")), None)
+    return next((found for m in candidates if (found := getattr(m, "from_dlpack", None))), None)
 
 
 def like(function: str, value: Any, example: Any) -> Any:
@@ -138,5 +141,7 @@ def like(function: str, value: Any, example: Any) -> Any:
     if example is None or isinstance(example, np.ndarray):
         return value
     if not hasattr(example, "__dlpack__"):
-        raise ArgumentError(f"{function}: like must be an array (got {type(example).__qualname__}); leave it out for NumPy arrays")
+        raise ArgumentError(
+            f"{function}: like must be an array (got {type(example).__qualname__}); leave it out for NumPy arrays"
+        )
     return from_numpy(value, example)

@@ -38,10 +38,13 @@ def _checked(path: Path) -> Path:
         state = path.stat()
     except OSError as error:
         raise CacheError(
-            f"sru_rt: the cache folder {path} cannot be made ({error.strerror}); set SRU_RT_CACHE_DIR to a folder of yours"
+            f"sru_rt: the cache folder {path} cannot be made ({error.strerror}); set SRU_RT_CACHE_DIR to a folder of "
+            "yours"
         ) from None
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise CacheError(f"sru_rt: the cache folder {path} cannot be written; set SRU_RT_CACHE_DIR to a folder of yours")
+        raise CacheError(
+            f"sru_rt: the cache folder {path} cannot be written; set SRU_RT_CACHE_DIR to a folder of yours"
+        )
     _require_own(path, state)
     return path
 
@@ -51,18 +54,21 @@ def _require_own(path: Path, state: os.stat_result) -> None:
         return
     if state.st_uid != os.geteuid():
         raise CacheError(
-            f"sru_rt: {path} belongs to user {state.st_uid}, not to you ({os.geteuid()}), so compiled code in it is not "
-            "trusted; set SRU_RT_CACHE_DIR to a folder of yours"
+            f"sru_rt: {path} belongs to user {state.st_uid}, not to you ({os.geteuid()}), so compiled code in it is "
+            "not trusted; set SRU_RT_CACHE_DIR to a folder of yours"
         )
     if stat.S_IMODE(state.st_mode) & 0o022:
         raise CacheError(
-            f"sru_rt: others can write to {path}, so compiled code in it is not trusted; run `chmod go-w {path}` or set "
-            "SRU_RT_CACHE_DIR to another folder"
+            f"sru_rt: others can write to {path}, so compiled code in it is not trusted; run `chmod go-w {path}` or "
+            "set SRU_RT_CACHE_DIR to another folder"
         )
 
 
 def find(path: Path) -> bool:
-    """Whether a whole, trusted entry stands at `path`. A damaged one is removed; raises CacheError for a foreign one."""
+    """Whether a whole, trusted entry stands at `path`; a damaged one is removed.
+
+    Raises CacheError for one that others could have written.
+    """
     try:
         with path.open("rb") as file:
             _require_own(path, os.fstat(file.fileno()))

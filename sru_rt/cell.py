@@ -22,17 +22,17 @@ class Array:
     """An array that a recurrence takes, and the values of the step function that it holds.
 
     Its axes follow from `kind`: gates (L, B, D, members, d), inputs (L, B, D, d), per_sequence (B, D, d),
-    params (D, members, d), state (D, B, d). Inputs of several members are (L, B, D, members, d).
+    params (D, members, d), state (D, B, d). Inputs that are `stacked` are (L, B, D, members, d).
     """
 
     name: str
     kind: str
     members: tuple[str, ...]
+    stacked: bool = False
 
     @property
     def axes(self) -> str:
-        n = len(self.members)
-        members = f"{n} " if n > 1 or self.kind in ("gates", "params") else ""
+        members = f"{len(self.members)} " if self.stacked or self.kind in ("gates", "params") else ""
         return {
             "gates": f"L B D {members}d",
             "inputs": f"L B D {members}d",

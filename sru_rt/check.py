@@ -14,10 +14,13 @@ NDArray = np.ndarray[Any, Any]
 
 
 class Check:
-    """The checks of one call. Axis letters take their size from the first array that has them."""
+    """The checks of one call. Axis letters take their size from the first array that has them.
 
-    def __init__(self, function: str) -> None:
-        self.function = function
+    `names` says what the function calls an array that a cell declares under another name.
+    """
+
+    def __init__(self, function: str, **names: str) -> None:
+        self.function, self.names = function, names
         self.sizes: dict[str, tuple[int, str]] = {}
 
     def __getitem__(self, axis: str) -> int:
@@ -53,11 +56,13 @@ class Check:
         if not isinstance(value, np.ndarray):
             kind = type(value)
             raise LibraryError(
-                f"{self.function}: {name} must be an array (got {kind.__module__}.{kind.__qualname__}); pass numpy.asarray({name})"
+                f"{self.function}: {name} must be an array (got {kind.__module__}.{kind.__qualname__}); pass "
+                f"numpy.asarray({name})"
             )
         if isinstance(value, np.ma.MaskedArray):
             raise LibraryError(
-                f"{self.function}: {name} is a masked array, whose mask would be ignored; pass {name}.filled(...), and mask= or "
+                f"{self.function}: {name} is a masked array, whose mask would be ignored; pass {name}.filled(...), "
+                "and mask= or "
                 "lengths= for padding"
             )
         return np.asarray(value)
@@ -65,7 +70,11 @@ class Check:
     def shape(self, name: str, array: NDArray, axes: str) -> None:
         letters = axes.split()
         if array.ndim != len(letters):
-            raise self.error(name, f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters)}", ShapeError)
+            raise self.error(
+                name,
+                f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters)}",
+                ShapeError,
+            )
         for letter, size in zip(letters, array.shape):
             needed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, (size, name))[0]
             if size != needed:
@@ -77,7 +86,9 @@ class Check:
         known = [letter for letter in letters if letter in self.sizes]
         if known:
             sizes = [str(self[letter]) if letter in self.sizes else letter for letter in letters]
-            origins = [f"{letter} = {self[letter]} comes from {self.sizes[letter][1]}" for letter in dict.fromkeys(known)]
+            origins = [
+                f"{letter} = {self[letter]} comes from {self.sizes[letter][1]}" for letter in dict.fromkeys(known)
+            ]
             text += f" = ({', '.join(sizes)}), where {' and '.join(origins)}"
         return text
 
@@ -93,7 +104,8 @@ class Check:
         """The dtype of x (or u), which all others follow."""
         if array.dtype.name not in IO_DTYPES:
             raise DtypeError(
-                f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: convert it with "
+                f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: "
+                "convert it with "
                 f"{name}.astype('float32')"
             )
         return str(array.dtype.name)
@@ -104,13 +116,18 @@ class Check:
             return None
         array = np.asarray(value) if isinstance(value, (list, tuple)) else self.plain("lengths", value)
         if array.dtype.kind not in "iu" and array.size:
-            raise DtypeError(f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it with astype('int64')")
+            raise DtypeError(
+                f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it "
+                "with astype('int64')"
+            )
         self.shape("lengths", array, "B")
         wrong = np.flatnonzero((array < 0) | (array > self["L"]))
         if wrong.size:
             b = int(wrong[0])
             raise self.error(
-                "lengths", f"must be from 0 to L = {self['L']} (got {array[b]} for sequence {b}); L comes from {self.sizes['L'][1]}"
+                "lengths",
+                f"must be from 0 to L = {self['L']} (got {array[b]} for sequence {b}); L comes from "
+                f"{self.sizes['L'][1]}",
             )
         return np.ascontiguousarray(array, np.int64)
 
@@ -120,6 +137,8 @@ class Check:
             return None
         array = self.plain(name, value)
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-            raise DtypeError(f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with astype(bool)")
+            raise DtypeError(
+                f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with astype(bool)"
+            )
         self.shape(name, array, "L B")
         return np.ascontiguousarray(array != 0 if array.dtype != np.bool_ else array)

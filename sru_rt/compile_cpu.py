@@ -28,8 +28,17 @@ log = logging.getLogger("sru_rt")
 
 # No -ffast-math: linked into a shared object it turns denormals off for the whole process. No OpenMP: it hangs after a
 # fork. -ffp-contract as port.h explains.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
-_FLAGS += ("-pthread", "-w")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+    "-w",
+)
 
 _lock = threading.RLock()
 
@@ -63,7 +72,7 @@ class Kernel:
 
 def compiler() -> Compiler:
     """The C++ compiler in use. Raises CompileError if there is none."""
-    return _compiler(settings.cxx(), settings.cxx_flags(), os.environ.get("PATH", ""))
+    return _compiler(settings.cxx(), settings.cxx_flags(), settings.path())
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,7 +80,8 @@ def _compiler(given: str | None, extra: tuple[str, ...], path: str) -> Compiler:
     command = tuple(shlex.split(given)) if given else _first_on_path()
     if shutil.which(command[0]) is None:
         raise CompileError(
-            f"sru_rt: the C++ compiler {command[0]!r} (from SRU_RT_CXX or CXX) was not found; unset the variable, or name "
+            f"sru_rt: the C++ compiler {command[0]!r} (from SRU_RT_CXX or CXX) was not found; unset the variable, "
+            "or name "
             "an installed compiler in it"
         )
     code, output = _run([*command, "--version"])
@@ -96,10 +106,15 @@ def _first_on_path() -> tuple[str, ...]:
 def _run(command: list[str]) -> tuple[int, str]:
     import subprocess
 
-    # A sanitizer's or profiler's preloaded library is for this process, not for the compiler.
-    environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=600)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=settings.environment_of_compiler(),
+            timeout=600,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return -1, str(error)
     return done.returncode, (done.stdout + done.stderr).strip()
@@ -110,7 +125,9 @@ def _machine() -> str:
     """What -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
-        kept = [s for s in lines if s.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part", "vendor_id")]
+        kept = [
+            s for s in lines if s.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part", "vendor_id")
+        ]
     except OSError:
         kept = []
     return "\n".join([sys.platform, platform.machine(), *kept])
@@ -123,7 +140,9 @@ def load(unit: str) -> ctypes.CDLL:
     """
     with _lock:
         found = compiler()
-        key = hashlib.sha256("\0".join([unit, source.digest(), *found.command, found.version, *found.flags, _machine()]).encode())
+        key = hashlib.sha256(
+            "\0".join([unit, source.digest(), *found.command, found.version, *found.flags, _machine()]).encode()
+        )
         path = _cache_folder() / f"{key.hexdigest()[:40]}.so"
         if cache.find(path):
             log.debug("cache hit %s", path)
@@ -133,7 +152,8 @@ def load(unit: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError as error:
             raise CompileError(
-                f"sru_rt: {path} was compiled but cannot be loaded: {error}. If the cache folder is mounted noexec, set "
+                f"sru_rt: {path} was compiled but cannot be loaded: {error}. If the cache folder is mounted "
+                "noexec, set "
                 "SRU_RT_CACHE_DIR to another one"
             ) from None
 
@@ -173,13 +193,14 @@ def _compile(compiler: Compiler, unit: str, path: Path) -> None:
 def kernel(cell: Cell, dtype: str, saved_dtype: str, wide: int) -> Kernel:
     """The kernels of `cell` for arrays of `dtype`; bit i of `wide` says that input i has the state's dtype."""
     library = load(source.cpu_kernel(emit(cell), cell.name, dtype, saved_dtype, wide))
-    for name, kind in (("forward", abi.Forward), ("backward", abi.Backward)):
+    for name in ("forward", "backward"):
         size = getattr(library, f"{name}_size")
         size.restype = ctypes.c_longlong
-        if size() != abi.layout(cell, kind).size:
+        declared = abi.layout(cell, name == "forward").size
+        if size() != declared:
             raise CompileError(
                 f"sru_rt: cuda/arguments.h and sru_rt/abi.py disagree on the {name} struct of {cell.name} "
-                f"({size()} and {abi.layout(cell, kind).size} bytes); the installation is damaged: reinstall it"
+                f"({size()} and {declared} bytes); the installation is damaged: reinstall it"
             )
     for entry in (library.forward, library.backward):
         entry.argtypes, entry.restype = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int), None

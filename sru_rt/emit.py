@@ -14,14 +14,22 @@ from .errors import StepError
 from .graph import COMPARISONS, FUNCTIONS, LEAVES, Node, topological
 
 _ARRAYS = dict(zip(KINDS, ("gate", "input", "per_sequence", "param", "state", "constant")))
-_CPP_WORDS = set(
-    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t class compl const "
-    "constexpr const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern "
-    "false float for friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or "
-    "or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert "
-    "static_cast struct switch template this thread_local throw true try typedef typeid typename union unsigned using "
-    "virtual void volatile wchar_t while xor xor_eq real step gradient fma minimum maximum where new_state new_h".split()
-) | set(FUNCTIONS) | set(_ARRAYS.values()) | {f"d{name}" for name in (*_ARRAYS.values(), "new_state", "new_h")}
+_CPP_WORDS = (
+    set(
+        "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t class "
+        "compl const "
+        "constexpr const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern "
+        "false float for friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or "
+        "or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert "
+        "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
+        "unsigned using "
+        "virtual void volatile wchar_t while xor xor_eq real step gradient fma minimum maximum where new_state "
+        "new_h".split()
+    )
+    | set(FUNCTIONS)
+    | set(_ARRAYS.values())
+    | {f"d{name}" for name in (*_ARRAYS.values(), "new_state", "new_h")}
+)
 
 _SUM, _PRODUCT, _UNARY, _ATOM = 1, 2, 3, 4
 _INFIX = {"+": _SUM, "-": _SUM, "*": _PRODUCT, "/": _PRODUCT, **dict.fromkeys(COMPARISONS, 0)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Gradients:
         return f"Gradients({', '.join(f'{k}={shape(v)}' for k, v in self._values.items())})"
 
 
-def wanted(function: str, need: Any, given: dict[str, Any]) -> set[str]:
+def wanted(function: str, need: Any, given: Mapping[str, Any]) -> set[str]:
     """The names in `need`, by default all inputs that were given."""
     if need is None:
         return {name for name, value in given.items() if value is not None}

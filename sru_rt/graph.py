@@ -106,7 +106,8 @@ class Node:
 
     def __bool__(self) -> bool:
         raise StepError(
-            f"{_caller()}: a step function cannot branch on a value (`if`, `and`, `or`, `not`, min, max), since it runs "
+            f"{_caller()}: a step function cannot branch on a value (`if`, `and`, `or`, `not`, min, max), since it "
+            "runs "
             "once for all values; use sru_rt.where(condition, a, b), sru_rt.minimum or sru_rt.maximum"
         )
 
@@ -131,7 +132,12 @@ class Node:
 
 
 LEAVES = ("input", "constant")
-COMPARISONS: dict[str, Callable[..., Any]] = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
+COMPARISONS: dict[str, Callable[..., Any]] = {
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+}
 
 
 def _caller() -> str:
@@ -348,7 +354,9 @@ def topological(outputs: Iterable[Node]) -> list[Node]:
     return order
 
 
-def differentiate(outputs: Sequence[Node], seeds: Sequence[Node], inputs: Sequence[Node]) -> tuple[list[Node], dict[Node, Node]]:
+def differentiate(
+    outputs: Sequence[Node], seeds: Sequence[Node], inputs: Sequence[Node]
+) -> tuple[list[Node], dict[Node, Node]]:
     """Reverse-mode derivative of ``sum(seed * output)``.
 
     Returns the derivative with respect to each of `inputs`, and the adjoints of all nodes that have one.

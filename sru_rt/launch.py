@@ -1,7 +1,7 @@
 """The waist: one recurrence given by pointers and sizes. Every framework comes through here.
 
-A caller states the cell, the dtypes, the packed arguments (see `abi`), the device and the stream. On the CPU the work is
-done by compiled kernels on the library's own threads, or by NumPy where there is no compiler.
+A caller states the cell, the dtypes, the packed arguments (see `abi`), the device and the stream. On the CPU the work
+is done by compiled kernels on the library's own threads, or by NumPy where there is no compiler.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Union
 
 from . import abi, compile_cpu, numpy_sweep, settings
 from .cell import Cell
@@ -37,7 +36,9 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
         LibraryError: there are no kernels for `device`.
     """
     if device != "cpu":
-        raise LibraryError(f"sru_rt: there are no kernels for device {device!r} in this version; move the arrays to the CPU")
+        raise LibraryError(
+            f"sru_rt: there are no kernels for device {device!r} in this version; move the arrays to the CPU"
+        )
     kernel = _kernel(variant)
     sweep = "forward" if isinstance(arguments, abi.Forward) else "backward"
     if kernel is None:
@@ -68,7 +69,7 @@ def _kernel(variant: Variant) -> compile_cpu.Kernel | None:
 
 
 @functools.cache
-def _kernel_or_error(variant: Variant, *_settings: object) -> Union[compile_cpu.Kernel, CompileError]:
+def _kernel_or_error(variant: Variant, *_settings: object) -> compile_cpu.Kernel | CompileError:
     """A failure is remembered, so that it is not tried again at every call."""
     try:
         return compile_cpu.kernel(variant.cell, variant.dtype, variant.saved_dtype, variant.wide)

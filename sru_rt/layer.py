@@ -69,7 +69,9 @@ def weight(check: Check, value: Any, dtype: str, direction_axes: str = "D k d") 
 
 def check_directions(check: Check, name: str) -> None:
     if check["D"] not in (1, 2):
-        raise check.error(name, f"has D = {check['D']} directions; D is 1 (forward) or 2 (forward, reverse)", ShapeError)
+        raise check.error(
+            name, f"has D = {check['D']} directions; D is 1 (forward) or 2 (forward, reverse)", ShapeError
+        )
 
 
 def memory_policy(check: Check, save: Any) -> int:
@@ -97,7 +99,9 @@ def saved_dtype(check: Check, value: Any, dtype: str) -> str:
     return name
 
 
-def outputs(check: Check, out: Any, dtype: str, given: Sequence[NDArray | None]) -> tuple[NDArray | None, NDArray | None]:
+def outputs(
+    check: Check, out: Any, dtype: str, given: Sequence[NDArray | None]
+) -> tuple[NDArray | None, NDArray | None]:
     """Checks `out`, a pair (h, c) of which either may be None."""
     if out is None:
         return None, None
@@ -108,8 +112,13 @@ def outputs(check: Check, out: Any, dtype: str, given: Sequence[NDArray | None])
     for array, (name, axes, needed) in zip(out, shapes):
         if array is not None:
             array = check.array(name, array, axes, (needed,))
-            if not (array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative and array.flags.aligned):
-                raise check.error(name, "must be C-contiguous, aligned, writeable and of native byte order; pass numpy.empty(...)")
+            if not (
+                array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative and array.flags.aligned
+            ):
+                raise check.error(
+                    name,
+                    "must be C-contiguous, aligned, writeable and of native byte order; pass numpy.empty(...)",
+                )
             if any(np.may_share_memory(array, a) and not _same(array, a, name) for a in given if a is not None):
                 raise check.error(name, "overlaps an input; pass memory of its own")
         results.append(array)
@@ -125,65 +134,111 @@ def _same(array: NDArray, other: NDArray, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One forward call, checked: everything but the projected U."""
+class Options:
+    """What every forward function of every cell takes beside the cell's own arguments."""
 
-    check: Check
-    cell: Cell
-    dtype: str
-    arrays: Mapping[str, NDArray]
-    c0: NDArray | None
-    constants: Sequence[float]
-    lengths: NDArray | None
-    mask: NDArray | None
-    reset: NDArray | None
-    save: Any
-    saved_dtype: str
-    given: Mapping[str, Any]
-    out: tuple[NDArray | None, NDArray | None]
+    lengths: Any = None
+    mask: Any = None
+    reset: Any = None
+    time_parallel: bool | str = "auto"
+    save: bool | int | str = False
+    saved_dtype: Any = None
+    out: Any = None
 
 
-def forward(call: Call, x: NDArray | None = None, factors: tuple[NDArray, ...] = ()) -> tuple[Any, ...]:
-    """Projects x (L, B, d_in) if `factors` are given, and runs the recurrence.
+@dataclass(frozen=True)
+class Projection:
+    """x (L, B, d_in) and the factors of the weight, checked."""
 
-    Returns (h, c_last), and `Saved` if the call asks for it.
+    x: NDArray
+    factors: tuple[NDArray, ...]
+
+
+def forward(
+    check: Check,
+    cell: Cell,
+    dtype: str,
+    values: Mapping[str, Any],
+    constants: Sequence[float],
+    options: Options,
+    projection: Projection | None = None,
+) -> tuple[Any, ...]:
+    """Checks what the cell is given, projects x if there is a projection, and runs the recurrence.
+
+    Args:
+        check: has the sizes of L, B, D, d.
+        values: what the user gave, by name: the arrays that the cell declares (U only without a projection), and what
+            a projection takes.
+
+    Returns:
+        (h, c_last), and `Saved` if the options ask for it.
     """
-    arrays, projection, rows = dict(call.arrays), None, None
-    L, B, D, d = (call.check[axis] for axis in ("L", "B", "D", "d"))
-    if x is not None:
-        projection = Weight.of(factors)
-        rows = np.ascontiguousarray(x, to_numpy(call.dtype)).reshape(L * B, -1)
-        arrays["u"] = project(rows, projection).reshape(L, B, D, -1, d)
-    by_name = {a.name: a for a in call.cell.arrays}
+    L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
+    check.set("D*d", D * d, check.sizes["D"][1])
+    check.choice("time_parallel", options.time_parallel, ("auto", True, False))
+    every = min(memory_policy(check, options.save), max(L, 1))
+    kept_dtype = saved_dtype(check, options.saved_dtype, dtype)
+    lengths = check.lengths(options.lengths)
+    mask, reset = check.flags("mask", options.mask), check.flags("reset", options.reset)
+    arrays = _declared_arrays(check, cell, dtype, values)
+    factors = projection.factors if projection else ()
+    read = [*arrays.values(), *factors, lengths, mask, reset, projection.x if projection else None]
+    h, c_last = outputs(check, options.out, dtype, read)
+
+    declared = {a.name: a for a in cell.arrays}
+    given = {n: _dtypes_of(v) for n, v in values.items() if n not in declared or declared[n].kind != "per_sequence"}
+    rows, weight = None, None
+    if projection:
+        weight, rows = Weight.of(factors), np.ascontiguousarray(projection.x, to_numpy(dtype)).reshape(L * B, -1)
+        arrays["u"] = project(rows, weight).reshape(L, B, D, -1, d)
+    c0 = arrays.pop(next(a.name for a in cell.arrays if a.kind == "state"), None)
     operands = Operands(
-        call.cell,
-        call.dtype,
-        {name: recurrence.operand(by_name[name], array, call.dtype) for name, array in arrays.items()},
-        [None if call.c0 is None else np.ascontiguousarray(call.c0, to_numpy(state_dtype(call.dtype)))],
-        call.constants,
-        call.lengths,
-        call.mask,
-        call.reset,
+        cell=cell,
+        dtype=dtype,
+        arrays={name: recurrence.operand(declared[name], array, dtype) for name, array in arrays.items()},
+        c0=[None if c0 is None else np.ascontiguousarray(c0, to_numpy(state_dtype(dtype)))],
+        constants=constants,
+        lengths=lengths,
+        mask=mask,
+        reset=reset,
     )
-    every = memory_policy(call.check, call.save)
-    h_out = None if call.out[0] is None else call.out[0].reshape(L, B, D, d)
-    h, c_last, states = recurrence.forward(operands, every, call.saved_dtype, h_out, [call.out[1]])
-    result = (h.reshape(L, B, D * d), c_last[0])
+    h = None if h is None else h.reshape(L, B, D, d)
+    h, states_last, states = recurrence.forward(operands, every, kept_dtype, h, [c_last])
+    result = (h.reshape(L, B, D * d), states_last[0])
     if not every:
         return result
-    if call.save == "x" and projection is not None:
+    if options.save == "x" and projection:
         operands = replace(operands, arrays={k: v for k, v in operands.arrays.items() if k != "u"})
-    return *result, Saved(call.check.function, call.given, operands, (L, B, D, d), states, every, rows, projection)
+    return *result, Saved(check.function, given, operands, (L, B, D, d), states, every, rows, weight)
+
+
+def _declared_arrays(check: Check, cell: Cell, dtype: str, values: Mapping[str, Any]) -> dict[str, NDArray]:
+    """The given arrays that the cell declares, checked against their declared axes."""
+    small = tuple(dict.fromkeys((dtype, "float32")))
+    dtypes = {"gates": (dtype,), "per_sequence": (*small, "bool")}
+    return {
+        a.name: check.array(check.names.get(a.name, a.name), values[a.name], a.axes, dtypes.get(a.kind, small))
+        for a in cell.arrays
+        if values.get(a.name) is not None
+    }
+
+
+def _dtypes_of(value: Any) -> Any:
+    """The dtype of an array, dtypes of a pair, None of None."""
+    if isinstance(value, (tuple, list)):
+        return tuple(v.dtype for v in value)
+    return None if value is None else value.dtype
 
 
 def backward(function: str, saved: Any, dh: Any, dc_last: Any, need: Any) -> Gradients:
     """The gradients of what the forward was given, in the dtypes of what was given."""
     if not isinstance(saved, Saved):
         raise LibraryError(
-            f"{function}: saved must be the third result of a forward function with save=... (got {type(saved).__qualname__})"
+            f"{function}: saved must be the third result of a forward function with save=... (got "
+            f"{type(saved).__qualname__})"
         )
     names = wanted(function, need, saved.given)
-    operands, dtype = _with_u(saved), saved.operands.dtype
+    operands = _with_u(saved)
     dh, dc_last = _seeds(Check(function), saved, dh, dc_last)
     wanted_arrays = {name for name in names if name != "c0"}
     if names & {"x", "weight"} and saved.weight is not None:
@@ -202,7 +257,9 @@ def backward(function: str, saved: Any, dh: Any, dc_last: Any, need: Any) -> Gra
     return Gradients(result, list(saved.given))
 
 
-def _through_projection(saved: Saved, operands: Operands, found: Mapping[str, NDArray], names: set[str]) -> dict[str, Any]:
+def _through_projection(
+    saved: Saved, operands: Operands, found: Mapping[str, NDArray], names: set[str]
+) -> dict[str, Any]:
     """The gradients of x and weight from that of U, and from that of x as an input of the cell."""
     if saved.weight is None or saved.x is None or "u" not in found:
         return {}
@@ -225,7 +282,9 @@ def _with_u(saved: Saved) -> Operands:
     if "u" in operands.arrays:
         return operands
     if saved.x is None or saved.weight is None:
-        raise ArgumentError(f"{saved.function}: saved holds neither U nor what it is made from; keep saved as it was returned")
+        raise ArgumentError(
+            f"{saved.function}: saved holds neither U nor what it is made from; keep saved as it was returned"
+        )
     L, B, D, d = saved.sizes
     u = project(saved.x, saved.weight)
     return replace(operands, arrays={**operands.arrays, "u": u.reshape(L, B, D, -1, d)})

@@ -25,7 +25,7 @@ def _view(pointer: int, shape: Sequence[int], strides: Sequence[int], dtype: np.
     if 0 in shape:
         return np.empty(shape, dtype)
     last = sum((n - 1) * s for n, s in zip(shape, strides))
-    memory = (ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(pointer)
+    memory = memoryview((ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(pointer))
     return np.ndarray(shape, dtype, memory, strides=[s * dtype.itemsize for s in strides])
 
 

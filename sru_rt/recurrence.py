@@ -94,13 +94,22 @@ def _slots_of_kind(cell: Cell, kind: str, arrays: Mapping[str, NDArray]) -> list
 
 def _given(operands: Operands, every: int) -> abi.Given:
     cell, arrays = operands.cell, operands.arrays
+    L, B, D, d = operands.sizes
     return abi.Given(
-        *operands.sizes,
-        every,
-        *(_pointer(a) for a in (operands.lengths, operands.mask, operands.reset)),
-        *(_slots_of_kind(cell, kind, arrays) for kind in ("gates", "inputs", "per_sequence", "params")),
-        [_pointer(a) for a in operands.c0],
-        operands.constants,
+        L=L,
+        B=B,
+        D=D,
+        d=d,
+        every=every,
+        lengths=_pointer(operands.lengths),
+        mask=_pointer(operands.mask),
+        reset=_pointer(operands.reset),
+        gates=_slots_of_kind(cell, "gates", arrays),
+        inputs=_slots_of_kind(cell, "inputs", arrays),
+        per_sequence=_slots_of_kind(cell, "per_sequence", arrays),
+        params=_slots_of_kind(cell, "params", arrays),
+        c0=[_pointer(a) for a in operands.c0],
+        constants=operands.constants,
     )
 
 
@@ -121,13 +130,17 @@ def forward(
     saved_dtype = saved_dtype or acc.name
     n_states = len(operands.cell.state)
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
-    c_last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
+    last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
     kept = -(-L // every) if every else 0
     saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)]
-    pointers = [_pointer(a) if every else 0 for a in saved]
-    arguments = abi.Forward(_given(operands, every), _pointer(h), [_pointer(a) for a in c_last], pointers)
+    arguments = abi.Forward(
+        given=_given(operands, every),
+        h=_pointer(h),
+        c_last=[_pointer(a) for a in last],
+        saved=[_pointer(a) if every else 0 for a in saved],
+    )
     launch.run(operands.variant(saved_dtype), arguments)
-    return h, c_last, saved
+    return h, last, saved
 
 
 def backward(
@@ -143,7 +156,7 @@ def backward(
     Gradients of gates and inputs have the dtype of what they are the gradient of, all others that of the state.
     """
     cell, acc = operands.cell, operands.accumulator
-    L, B, D, d = operands.sizes
+    _, B, D, d = operands.sizes
     gradients = {}
     for a in cell.arrays:
         if a.name in need and a.kind != "state":
@@ -153,14 +166,17 @@ def backward(
     states = [empty((every, B, D, d), acc) if every > 1 else None for _ in cell.state]
     partial = empty((B, D, len(cell.params), d), acc)
     arguments = abi.Backward(
-        _given(operands, every),
-        _pointer(dh),
-        [_pointer(a) for a in dc_last],
-        [_pointer(a) for a in saved],
-        [_pointer(a) for a in states],
-        _pointer(partial),
-        *(_slots_of_kind(cell, kind, gradients) for kind in ("gates", "inputs", "per_sequence", "params")),
-        [_pointer(a) for a in dc0],
+        given=_given(operands, every),
+        dh=_pointer(dh),
+        dc_last=[_pointer(a) for a in dc_last],
+        saved=[_pointer(a) for a in saved],
+        states=[_pointer(a) for a in states],
+        partial=_pointer(partial),
+        dgates=_slots_of_kind(cell, "gates", gradients),
+        dinputs=_slots_of_kind(cell, "inputs", gradients),
+        dper_sequence=_slots_of_kind(cell, "per_sequence", gradients),
+        dparams=_slots_of_kind(cell, "params", gradients),
+        dc0=[_pointer(a) for a in dc0],
     )
     saved_dtype = saved[0].dtype.name
     launch.run(operands.variant(saved_dtype), arguments)

@@ -25,10 +25,12 @@ def cache_dir() -> Path:
 
 
 def cpu_backend() -> str:
-    """SRU_RT_CPU: `compiled` insists on compiled kernels, `numpy` never compiles, `auto` (default) prefers the former."""
+    """SRU_RT_CPU: `compiled` insists on compiled kernels, `numpy` never compiles, `auto` (default) tries the former."""
     value = os.environ.get("SRU_RT_CPU", "auto") or "auto"
     if value not in BACKENDS:
-        raise ArgumentError(f"SRU_RT_CPU must be one of {', '.join(BACKENDS)} (got {value!r}); unset it for the default")
+        raise ArgumentError(
+            f"SRU_RT_CPU must be one of {', '.join(BACKENDS)} (got {value!r}); unset it for the default"
+        )
     return value
 
 
@@ -43,7 +45,7 @@ def cxx_flags() -> tuple[str, ...]:
 
 
 def num_threads() -> int:
-    """SRU_RT_NUM_THREADS, else OMP_NUM_THREADS: threads of a CPU kernel. Default: the cores that the process may use."""
+    """SRU_RT_NUM_THREADS, else OMP_NUM_THREADS: threads of a CPU kernel. Default: the cores the process may use."""
     for name in ("SRU_RT_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").split(",")[0].strip()
         if value:
@@ -53,6 +55,16 @@ def num_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def path() -> str:
+    """PATH: where the compiler is looked for."""
+    return os.environ.get("PATH", "")
+
+
+def environment_of_compiler() -> dict[str, str]:
+    """The environment without what a sanitizer or profiler has preloaded, which is for this process alone."""
+    return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")}
 
 
 def debug() -> bool:

@@ -18,7 +18,9 @@ def cuda_dir() -> Path:
     for folder in (here / "cuda", here.parent / "cuda"):
         if (folder / "port.h").is_file():  # other packages install folders of this name
             return folder
-    raise CompileError(f"sru_rt: the C++ sources were not found beside {here}; the installation is damaged: reinstall it")
+    raise CompileError(
+        f"sru_rt: the C++ sources were not found beside {here}; the installation is damaged: reinstall it"
+    )
 
 
 @cache

@@ -34,5 +34,3 @@ def many_tasks(monkeypatch):
 
     monkeypatch.setattr(launch, "_ELEMENTS_PER_TASK", 1)
     monkeypatch.setenv("SRU_RT_NUM_THREADS", "3")
-
-

@@ -192,9 +192,7 @@ def live_steps(L: int, B: int, lengths: Any = None, mask: Any = None) -> np.ndar
     return live if mask is None else live & ~_flags(mask, (L, B))
 
 
-def finite_differences(
-    f: Callable[..., float], arrays: dict[str, Any], eps: float = 1e-5
-) -> dict[str, np.ndarray]:
+def finite_differences(f: Callable[..., float], arrays: dict[str, Any], eps: float = 1e-5) -> dict[str, np.ndarray]:
     """Central differences of the scalar f(**arrays) in every element of every array, in float64, by name."""
     point = {name: float64(array).copy() for name, array in arrays.items()}
     grads = {name: np.zeros(array.shape) for name, array in point.items()}
@@ -362,9 +360,7 @@ class _StepGradient(NamedTuple):
     c_in: np.ndarray  # (B, d)
 
 
-def _step_backward(
-    p: _Problem, q: int, t: int, c_in: np.ndarray, dh: np.ndarray, dc: np.ndarray
-) -> _StepGradient:
+def _step_backward(p: _Problem, q: int, t: int, c_in: np.ndarray, dh: np.ndarray, dc: np.ndarray) -> _StepGradient:
     """The chain rule through (4), (3), (2), (1), in this order; dc is what later steps send back to c[t]."""
     o, u0, m = p.options, p.u[t, :, q, 0], p.m[:, q]
     f, c, r, _ = _step(p, q, t, c_in)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import tolerance
 from ml_dtypes import bfloat16
 
+import oracle
 import sru_rt
+import tolerance
 
 DTYPES = {"float16": np.float16, "bfloat16": bfloat16, "float32": np.float32, "float64": np.float64}
 
@@ -80,7 +80,10 @@ class Problem:
         arrays: dict[str, Any] = {"u": draw(L, B, D, k, d)}
         if layer:
             d_in = D * d if row["kind"] == "x" else D * d + 3
-            arrays = {"x": draw(L, B, d_in), "weight": (draw(D, k, d, d_in, dtype=np.float64) / np.sqrt(d_in)).astype(dtype)}
+            arrays = {
+                "x": draw(L, B, d_in),
+                "weight": (draw(D, k, d, d_in, dtype=np.float64) / np.sqrt(d_in)).astype(dtype),
+            }
         elif row["kind"] == "x":
             arrays["x"] = draw(L, B, D * d)
         arrays["bias"] = draw(D, gated, d, dtype=small) if row["bias"] else None
@@ -184,9 +187,17 @@ def test_low_rank_matches_oracle(dtype, save):
     x = rng.normal(size=(8, 3, 12)).astype(DTYPES[dtype])
     alpha = params.pop("alpha")
     problem = Problem(
-        {"x": x, **params}, {"alpha": alpha}, rng.normal(size=x.shape).astype(x.dtype), np.ones((2, 3, 6), "f4"), dtype
+        {"x": x, **params},
+        {"alpha": alpha},
+        rng.normal(size=x.shape).astype(x.dtype),
+        np.ones((2, 3, 6), "f4"),
+        dtype,
     )
-    problem = replace(problem, padded=np.zeros((8, 3), bool), dc_last=problem.dc_last.astype("f8" if dtype == "float64" else "f4"))
+    problem = replace(
+        problem,
+        padded=np.zeros((8, 3), bool),
+        dc_last=problem.dc_last.astype("f8" if dtype == "float64" else "f4"),
+    )
     *result, saved = sru_rt.sru_forward(x, **params, alpha=alpha, save=save)
     gradients = sru_rt.sru_backward(saved, problem.dh, problem.dc_last)
     h, c_last = oracle.sru_forward(x, **params, alpha=alpha)
@@ -195,7 +206,9 @@ def test_low_rank_matches_oracle(dtype, save):
     tolerance.check("c_last", result[1], c_last, tolerance.LAYER[dtype])
     for factor in (0, 1):
         assert gradients.weight[factor].dtype == x.dtype
-        tolerance.check(f"dweight[{factor}]", gradients.weight[factor], wanted["weight"][factor], tolerance.LAYER[dtype])
+        tolerance.check(
+            f"dweight[{factor}]", gradients.weight[factor], wanted["weight"][factor], tolerance.LAYER[dtype]
+        )
     tolerance.check("dx", gradients.x, wanted["x"], tolerance.LAYER[dtype])
 
 

@@ -25,9 +25,7 @@ FORMS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 CELLS = [
     pytest.param(form, activation, reset_on, id=f"{form}-{activation}-{reset_on}")
-    for form, activation, reset_on in itertools.product(
-        FORMS, ("identity", "tanh", "relu"), ("previous", "current")
-    )
+    for form, activation, reset_on in itertools.product(FORMS, ("identity", "tanh", "relu"), ("previous", "current"))
     if form != "no_reset_gate" or reset_on == "previous"
 ]
 LAYOUTS = [
@@ -72,9 +70,7 @@ def loss(outputs: tuple[np.ndarray, np.ndarray], dh: np.ndarray, dc_last: np.nda
     return float((h * dh).sum() + (c_last * dc_last).sum())
 
 
-def run_and_differentiate(
-    inputs: dict[str, Any], options: dict[str, Any], **out: np.ndarray
-) -> dict[str, Any]:
+def run_and_differentiate(inputs: dict[str, Any], options: dict[str, Any], **out: np.ndarray) -> dict[str, Any]:
     """h, c_last and all gradients that exist, by name."""
     h, c_last = oracle.sru_recurrence(**inputs, **options)
     grads = oracle.sru_recurrence_backward(**inputs, **out, **options)
@@ -108,9 +104,7 @@ class TestByHand:
     def test_two_steps_with_reset_on_current(self) -> None:
         # r = s(-0.5 + 2*1.5 - 1.5) = s(1) at t=0 and s(-log3 - 1.5 + 2*0.5 - 1.5) = s(-log3 - 2) at t=1
         r0, r1 = 1 / (1 + math.exp(-1)), 1 / (1 + 3 * math.exp(2))
-        h, c_last = oracle.sru_recurrence(
-            self.u, self.x, self.bias, self.v, self.c0, alpha=0.3, reset_on="current"
-        )
+        h, c_last = oracle.sru_recurrence(self.u, self.x, self.bias, self.v, self.c0, alpha=0.3, reset_on="current")
         np.testing.assert_allclose(h.ravel(), [1.5 * r0 + 3 * (1 - r0), 0.5 * r1 - 6 * (1 - r1)], rtol=1e-14)
         np.testing.assert_allclose(c_last.ravel(), [0.5], rtol=1e-14)
 
@@ -119,9 +113,7 @@ class TestByHand:
         # du0 = 16/2, df = 16*(1 - 2), duf = -16/4, dc0 = 16/2 + (-4)(-1) + (-3)*2 = 6, dm = 8*(1.5 - 3)/2
         one = np.ones((1, 1, 1))
         inputs = (self.u[:1], self.x[:1], self.bias, self.v, self.c0)
-        grads = oracle.sru_recurrence_backward(
-            *inputs, alpha=0.3, dropout_mask=one, dh=8 * one, dc_last=12 * one
-        )
+        grads = oracle.sru_recurrence_backward(*inputs, alpha=0.3, dropout_mask=one, dh=8 * one, dc_last=12 * one)
         want = {
             "u": [8, -4, -3],
             "x": [1.2],
@@ -156,9 +148,7 @@ class TestByHand:
         if "dropout_mask" in options:
             options = {**options, "dropout_mask": np.full((1, 1, 1), options["dropout_mask"])}
         gates = slice(0, 1 if k == 2 else 2)
-        h, c_last = oracle.sru_recurrence(
-            u, self.x[:1], self.bias[:, gates], self.v[:, gates], self.c0, **options
-        )
+        h, c_last = oracle.sru_recurrence(u, self.x[:1], self.bias[:, gates], self.v[:, gates], self.c0, **options)
         np.testing.assert_allclose([h.item(), c_last.item()], [want, 1.5], rtol=1e-14)
 
     @pytest.mark.parametrize("c", [-1.5, 0.0])
@@ -172,9 +162,7 @@ class TestByHand:
 
     def test_projection(self) -> None:
         weight = np.arange(12.0).reshape(1, 2, 2, 3)
-        np.testing.assert_array_equal(
-            oracle.project([[[1, 10, 100]]], weight), [[[[[210, 543], [876, 1209]]]]]
-        )
+        np.testing.assert_array_equal(oracle.project([[[1, 10, 100]]], weight), [[[[[210, 543], [876, 1209]]]]])
 
     def test_saturated_gates_give_no_warning(self) -> None:
         u = np.array([[2.0, 2000.0], [3.0, -2000.0]]).reshape(2, 1, 1, 2, 1)
@@ -200,9 +188,7 @@ class TestGradients:
         out = cotangents(D)
         grads = oracle.sru_recurrence_backward(**inputs, **out, **options)
         arrays = {
-            name: a
-            for name, a in (inputs | {"dropout_mask": options.pop("dropout_mask")}).items()
-            if a is not None
+            name: a for name, a in (inputs | {"dropout_mask": options.pop("dropout_mask")}).items() if a is not None
         }
         rng = np.random.default_rng(2)
         line = {name: rng.standard_normal(a.shape) for name, a in arrays.items()}
@@ -237,9 +223,7 @@ class TestGradients:
         out = cotangents(D)
         grads = oracle.sru_recurrence_backward(**inputs, **out, **options)
         arrays = {
-            name: a
-            for name, a in (inputs | {"dropout_mask": options.pop("dropout_mask")}).items()
-            if a is not None
+            name: a for name, a in (inputs | {"dropout_mask": options.pop("dropout_mask")}).items() if a is not None
         }
         absent = {name: a for name, a in inputs.items() if a is None}
         want = oracle.finite_differences(
@@ -299,9 +283,7 @@ class TestDirections:
                 "c0": inputs["c0"][part],
             }
             single = {**options, "dropout_mask": options["dropout_mask"][:, part]}
-            got = run_and_differentiate(
-                one, single, dh=out["dh"][turn, :, half], dc_last=out["dc_last"][part]
-            )
+            got = run_and_differentiate(one, single, dh=out["dh"][turn, :, half], dc_last=out["dc_last"][part])
             want = {
                 "h": both["h"][turn, :, half],
                 "c_last": both["c_last"][part],
@@ -349,9 +331,7 @@ class TestPadding:
             cut = {name: a[:length, one] for name, a in inputs.items() if name in ("u", "x")}
             cut |= {"bias": inputs["bias"], "v": inputs["v"], "c0": inputs["c0"][:, one]}
             single = {**options, "dropout_mask": options["dropout_mask"][one]}
-            want = run_and_differentiate(
-                cut, single, dh=out["dh"][:length, one], dc_last=out["dc_last"][:, one]
-            )
+            want = run_and_differentiate(cut, single, dh=out["dh"][:length, one], dc_last=out["dc_last"][:, one])
             for name in ("h", "du", "dx"):
                 np.testing.assert_array_equal(got[name][:length, one], want[name], err_msg=name)
                 assert not got[name][length:, one].any()
@@ -369,9 +349,7 @@ class TestPadding:
             kept = {name: a[rest][:, one] for name, a in inputs.items() if name in ("u", "x")}
             kept |= {"bias": inputs["bias"], "v": inputs["v"], "c0": inputs["c0"][:, one]}
             single = {"alpha": options["alpha"], "dropout_mask": options["dropout_mask"][one]}
-            want = run_and_differentiate(
-                kept, single, dh=out["dh"][rest][:, one], dc_last=out["dc_last"][:, one]
-            )
+            want = run_and_differentiate(kept, single, dh=out["dh"][rest][:, one], dc_last=out["dc_last"][:, one])
             for name in ("h", "du", "dx"):
                 np.testing.assert_array_equal(got[name][rest][:, one], want[name], err_msg=name)
                 assert not got[name][~rest][:, one].any()
@@ -420,9 +398,7 @@ class TestPadding:
         options = oracle.random_layout(rng, L, B, lengths=True, mask=True)
         dead = ~oracle.live_steps(L, B, **options)
         poisoned = {**inputs, "x": np.where(dead[:, :, None], np.nan, inputs["x"])}
-        for got, want in zip(
-            oracle.sru_forward(**poisoned, **options), oracle.sru_forward(**inputs, **options)
-        ):
+        for got, want in zip(oracle.sru_forward(**poisoned, **options), oracle.sru_forward(**inputs, **options)):
             np.testing.assert_array_equal(got, want)
         grads = oracle.sru_backward(**poisoned, **cotangents(D), **options)
         assert_same(grads, oracle.sru_backward(**inputs, **cotangents(D), **options))
@@ -443,9 +419,7 @@ class TestReset:
         parts = []
         for part, q in ((slice(0, cut), 0), (slice(cut, L), 1)):
             # Direction q enters the whole sequence through this part, and leaves it through the other.
-            part_inputs = {
-                name: a if a is None else a[part] for name, a in inputs.items() if name in ("u", "x", "v")
-            }
+            part_inputs = {name: a if a is None else a[part] for name, a in inputs.items() if name in ("u", "x", "v")}
             part_inputs["bias"], part_inputs["c0"] = inputs["bias"], np.zeros_like(c0)
             part_inputs["c0"][q] = c0[q]
             part_dc = dc_last.copy()
@@ -453,9 +427,7 @@ class TestReset:
             parts.append(run_and_differentiate(part_inputs, options, dh=out["dh"][part], dc_last=part_dc))
         first, second = parts
         for name in got.keys() & {"h", "du", "dv", "dx"}:
-            np.testing.assert_array_equal(
-                got[name], np.concatenate([first[name], second[name]]), err_msg=name
-            )
+            np.testing.assert_array_equal(got[name], np.concatenate([first[name], second[name]]), err_msg=name)
         np.testing.assert_array_equal(got["c_last"], np.stack([second["c_last"][0], first["c_last"][1]]))
         np.testing.assert_array_equal(got["dc0"], np.stack([first["dc0"][0], second["dc0"][1]]))
 
@@ -499,11 +471,7 @@ class TestReset:
 class TestArguments:
     @pytest.mark.parametrize(
         ("form", "name"),
-        [
-            (form, name)
-            for form in FORMS
-            for name in ("bias", "v", "c0", "dropout_mask", "lengths", "mask", "reset")
-        ],
+        [(form, name) for form in FORMS for name in ("bias", "v", "c0", "dropout_mask", "lengths", "mask", "reset")],
     )
     def test_defaults(self, form: str, name: str) -> None:
         """None means zeros, ones for dropout_mask, full lengths, and no padding or boundary."""
@@ -524,9 +492,7 @@ class TestArguments:
     @pytest.mark.parametrize("form", FORMS)
     def test_alpha_enters_the_skip_of_x_only(self, form: str) -> None:
         inputs, options = case(form, 2)
-        (h1, c1), (h2, c2) = (
-            oracle.sru_recurrence(**inputs, **{**options, "alpha": alpha}) for alpha in (1, 7)
-        )
+        (h1, c1), (h2, c2) = (oracle.sru_recurrence(**inputs, **{**options, "alpha": alpha}) for alpha in (1, 7))
         assert (h1 != h2).any() == (form == "skip_x")
         np.testing.assert_array_equal(c1, c2)
 
@@ -546,9 +512,7 @@ class TestArguments:
         inputs = oracle.random_inputs(np.random.default_rng(5), L, B, d, D=D, low_rank=3)
         P, Q = inputs.pop("weight")
         product = np.einsum("qkjp,pi->qkji", P, Q)
-        for got, want in zip(
-            oracle.sru_forward(weight=(P, Q), **inputs), oracle.sru_forward(weight=product, **inputs)
-        ):
+        for got, want in zip(oracle.sru_forward(weight=(P, Q), **inputs), oracle.sru_forward(weight=product, **inputs)):
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
 
     @DIRECTIONS
@@ -592,9 +556,7 @@ class TestArguments:
     def test_inputs_are_left_as_they_are(self) -> None:
         inputs, options = case("skip_x", 2, "lengths+mask+reset")
         out = cotangents(2)
-        arrays = [
-            a for a in (*inputs.values(), *options.values(), *out.values()) if isinstance(a, np.ndarray)
-        ]
+        arrays = [a for a in (*inputs.values(), *options.values(), *out.values()) if isinstance(a, np.ndarray)]
         before = [a.copy() for a in arrays]
         run_and_differentiate(inputs, options, **out)
         for array, copy in zip(arrays, before):

@@ -86,7 +86,7 @@ def test_sdist_holds_the_project(dist, tree):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
         path.relative_to(tree).as_posix()
-        for folder in (*PACKAGE, "tests", "examples", "benchmarks", "docs", ".ci")
+        for folder in (*PACKAGE, "tests", "examples", "benchmarks", "docs", "tools", ".ci")
         for path in (tree / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -173,9 +173,7 @@ def new_environment(folder: Path) -> tuple[Path, Path]:
     """A virtual environment that has numpy and setuptools: its Python and its site-packages."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    site = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    )
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     link_into(site, "numpy", "setuptools")
     return python, site
 

@@ -22,7 +22,7 @@ from .. import arrays, layer
 from ..arrays import array_function
 from ..cell import Array, Cell
 from ..check import Check
-from ..dtypes import IO_DTYPES, state_dtype, to_numpy
+from ..dtypes import IO_DTYPES, to_numpy
 from ..errors import ShapeError
 from ..gradients import Gradients
 from ..graph import relu, sigmoid, tanh
@@ -44,8 +44,14 @@ class Options:
 
 
 def _name(o: Options) -> str:
-    parts = ["sru", {"x": "", "projected": "projected", "none": "no_skip"}[o.skip] if o.reset_gate else "basic"]
-    parts += ["" if o.activation == "identity" else o.activation, "on_current" if o.reset_on == "current" else ""]
+    parts = [
+        "sru",
+        {"x": "", "projected": "projected", "none": "no_skip"}[o.skip] if o.reset_gate else "basic",
+    ]
+    parts += [
+        "" if o.activation == "identity" else o.activation,
+        "on_current" if o.reset_on == "current" else "",
+    ]
     parts += ["" if o.bias else "no_bias", {"params": "", "inputs": "v_per_step", "none": "no_v"}[o.v]]
     parts += ["dropout" if o.dropout else ""]
     return "_".join(filter(None, parts))
@@ -71,7 +77,7 @@ def sru_cell(o: Options) -> Cell:
 
     gated = ("f", "r") if o.reset_gate else ("f",)
     gates = ("u0", *(f"u{name}" for name in gated), *(["u3"] if o.skip == "projected" else []))
-    v = Array("v", o.v, tuple(f"v_{name}" for name in gated))
+    v = Array("v", o.v, tuple(f"v_{name}" for name in gated), stacked=True)
     declared = [Array("u", "gates", gates)]
     declared += [Array("x", "inputs", ("x",))] if o.skip == "x" else []
     declared += [Array("dropout_mask", "per_sequence", ("m",))] if o.dropout else []
@@ -154,15 +160,11 @@ def sru_forward(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming the argument, what it is and what it must be.
     """
     check = Check("sru_forward")
-    x = check.plain("x", x)
-    dtype = check.io_dtype("x", x)
-    check.shape("x", x, "L B d_in")
-    factors = layer.weight(check, weight, dtype)
-    given = dict(x=x.dtype, weight=tuple(f.dtype for f in factors) if len(factors) > 1 else factors[0].dtype)
-    call = _call(check, dtype, given, x, *_flags(check, "weight", activation, highway, reset_gate, reset_on),
-                 bias, v, c0, alpha, lengths, mask, reset, dropout_mask, time_parallel, save, saved_dtype, out,
-                 operands=(x, *factors))  # fmt: skip
-    return layer.forward(call, x, factors)
+    dtype, projection = _projection(check, "L B d_in", x, weight)
+    options = _options(check, "weight", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
+    values = {"x": x, "weight": weight, "bias": bias, "v": v, "c0": c0, "dropout_mask": dropout_mask}
+    shared = layer.Options(lengths, mask, reset, time_parallel, save, saved_dtype, out)
+    return _run(check, options, dtype, values, alpha, shared, projection)
 
 
 @array_function
@@ -201,22 +203,18 @@ def sru_recurrence(
     dtype = check.io_dtype("u", u)
     check.shape("u", u, "L B D k d")
     layer.check_directions(check, "u")
-    skip, options = _flags(check, "u", activation, highway, reset_gate, reset_on)
-    if skip == "x" and x is None:
+    options = _options(check, "u", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
+    if options.skip == "x" and x is None:
         raise check.error(
             "x",
-            "is None, but u has 3 gates and highway=True, so the skip is x: pass x (L, B, D*d), a u with a fourth gate for the skip, or "
-            "highway=False",
+            "is None, but u has 3 gates and highway=True, so the skip is x: pass x (L, B, D*d), a u with a fourth gate "
+            "for the skip, or highway=False",
         )
-    if skip != "x" and x is not None:
-        raise check.error("x", f"is given, but the skip is {skip}, which x has no part in; leave x out")
-    if x is not None:
-        x = check.plain("x", x)
-        check.dtype("x", x, (dtype,))
-    call = _call(check, dtype, dict(u=u.dtype, x=None if x is None else x.dtype), x, skip, options,
-                 bias, v, c0, alpha, lengths, mask, reset, dropout_mask, time_parallel, save, saved_dtype, out,
-                 operands=(u, x), u=u)  # fmt: skip
-    return layer.forward(call)
+    if options.skip != "x" and x is not None:
+        raise check.error("x", "is given, but with this u and these flags the skip is not x; leave x out")
+    values = {"u": u, "x": x, "bias": bias, "v": v, "c0": c0, "dropout_mask": dropout_mask}
+    shared = layer.Options(lengths, mask, reset, time_parallel, save, saved_dtype, out)
+    return _run(check, options, dtype, values, alpha, shared)
 
 
 def sru_backward(saved: Any, dh: Any, dc_last: Any = None, *, need: Any = None) -> Gradients:
@@ -267,20 +265,16 @@ def sru_step(
     Returns:
         h (B, D*d) and the new state (D, B, d).
     """
-    check = Check("sru_step")
-    x = check.plain("x", x)
-    dtype = check.io_dtype("x", x)
-    check.shape("x", x, "B d_in")
+    check = Check("sru_step", c0="c")
     check.set("L", 1, "one token")
-    factors = layer.weight(check, weight, dtype)
-    if out is not None and isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], np.ndarray):
+    dtype, projection = _projection(check, "B d_in", x, weight)
+    options = _options(check, "weight", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
+    values = {"x": projection.x, "weight": weight, "bias": bias, "v": v, "c0": c, "dropout_mask": dropout_mask}
+    if isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], np.ndarray):
         check.set("D*d", check["D"] * check["d"], "weight")
         check.shape("out[0]", out[0], "B D*d")
         out = (out[0][None], out[1])
-    call = _call(check, dtype, {}, x[None], *_flags(check, "weight", activation, highway, reset_gate, reset_on),
-                 bias, v, c, alpha, None, None, None, dropout_mask, False, False, None, out,
-                 operands=(x, *factors), c0_name="c")  # fmt: skip
-    h, c_last = layer.forward(call, x[None], factors)
+    h, c_last = _run(check, options, dtype, values, alpha, layer.Options(out=out), projection)
     return h[0], c_last
 
 
@@ -327,7 +321,12 @@ def sru_init(
         ArgumentError: a size is not a positive integer, or options contradict each other.
     """
     check = Check("sru_init")
-    for name, size in (("d_in", d_in), ("d", d), ("directions", directions), ("low_rank", 1 if low_rank is None else low_rank)):
+    for name, size in (
+        ("d_in", d_in),
+        ("d", d),
+        ("directions", directions),
+        ("low_rank", 1 if low_rank is None else low_rank),
+    ):
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise check.error(name, f"must be a positive integer (got {size!r})")
     check.choice("directions", int(directions) if directions in (1, 2) else directions, (1, 2))
@@ -340,7 +339,8 @@ def sru_init(
         raise check.error("project_skip", "is True, but without highway or reset gate there is no skip; leave it out")
     if has_skip and not projected and d_in != directions * d:
         raise check.error(
-            "project_skip", f"is False, but the skip adds x of size {d_in} to h of size {directions * d}; use 'auto', or highway=False"
+            "project_skip",
+            f"is False, but the skip adds x of size {d_in} to h of size {directions * d}; use 'auto', or highway=False",
         )
     generator = np.random.default_rng(rng)
 
@@ -374,8 +374,26 @@ def _init_dtype(check: Check, dtype: Any) -> np.dtype[Any]:
     return to_numpy(name)
 
 
-def _flags(check: Check, name: str, activation: str, highway: Any, reset_gate: Any, reset_on: str) -> tuple[str, Options]:
-    """The kind of skip and the options that follow from the flags and from k, the gates in `name`."""
+def _projection(check: Check, axes: str, x: Any, weight: Any) -> tuple[str, layer.Projection]:
+    """The dtype that all others follow, and x as (L, B, d_in) with its weight."""
+    x = check.plain("x", x)
+    dtype = check.io_dtype("x", x)
+    check.shape("x", x, axes)
+    return dtype, layer.Projection(x if x.ndim == 3 else x[None], layer.weight(check, weight, dtype))
+
+
+def _options(
+    check: Check,
+    name: str,
+    activation: str,
+    highway: Any,
+    reset_gate: Any,
+    reset_on: str,
+    bias: Any,
+    v: Any,
+    dropout_mask: Any,
+) -> Options:
+    """What the arguments, and the number of gates in `name`, make of the cell."""
     check.choice("activation", activation, tuple(ACTIVATIONS))
     check.choice("reset_on", reset_on, ("previous", "current"))
     check.choice("highway", highway, (True, False))
@@ -387,53 +405,44 @@ def _flags(check: Check, name: str, activation: str, highway: Any, reset_gate: A
         raise check.error(
             name, f"has k = {k} gates; with {flags} it needs {' or '.join(map(str, needed))} (see sru_init)", ShapeError
         )
-    skip = "none" if not (highway and reset_gate) else "projected" if k == 4 else "x"
-    return skip, Options(skip, activation, bool(reset_gate), reset_on if reset_gate else "previous")
-
-
-def _call(
-    check: Check, dtype: str, given: dict[str, Any], x: Any, skip: str, options: Options, bias: Any, v: Any, c0: Any,
-    alpha: Any, lengths: Any, mask: Any, reset: Any, dropout_mask: Any, time_parallel: Any, save: Any, saved_dtype: Any,
-    out: Any, *, operands: tuple[Any, ...], u: Any = None, c0_name: str = "c0",
-) -> layer.Call:  # fmt: skip
-    """Checks what both forward functions share, and picks the cell."""
-    check.choice("time_parallel", time_parallel, ("auto", True, False))
-    alpha = check.number("alpha", alpha)
-    L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
-    check.set("D*d", D * d, check.sizes["D"][1])
-    small = tuple(dict.fromkeys((dtype, "float32")))
-    gated = 2 if options.reset_gate else 1
-    found: dict[str, Any] = {} if u is None else {"u": u}
-    if skip == "x":
-        if x.shape != (L, B, D * d):
-            raise check.error(
-                "x",
-                f"has shape {x.shape}, but the highway adds it to h of shape (L, B, D*d) = ({L}, {B}, {D * d}): give {'weight' if u is None else 'u'} "
-                "a fourth gate for a projected skip (sru_init does it), or pass highway=False",
-                ShapeError,
-            )
-        found["x"] = np.ascontiguousarray(x).reshape(L, B, D, d)
-    if bias is not None:
-        found["bias"] = check.array("bias", bias, f"D {gated} d", small)
-    if v is not None:
-        v = check.plain("v", v)
-        found["v"] = check.array("v", v, f"L B D {gated} d" if v.ndim == 5 else f"D {gated} d", small)
-    if dropout_mask is not None:
-        found["dropout_mask"] = check.array("dropout_mask", dropout_mask, "B D d", (*small, "bool"))
-    if c0 is not None:
-        c0 = check.array(c0_name, c0, "D B d", small)
-    kind_of_v = "none" if v is None else "inputs" if v.ndim == 5 else "params"
-    cell = sru_cell(
-        Options(skip, options.activation, options.reset_gate, options.reset_on, bias is not None, kind_of_v, dropout_mask is not None)
+    return Options(
+        skip="none" if not (highway and reset_gate) else "projected" if k == 4 else "x",
+        activation=activation,
+        reset_gate=bool(reset_gate),
+        reset_on=reset_on if reset_gate else "previous",
+        bias=bias is not None,
+        v="none" if v is None else "inputs" if getattr(v, "ndim", 0) == 5 else "params",
+        dropout=dropout_mask is not None,
     )
-    flags = [check.flags(name, value) for name, value in (("mask", mask), ("reset", reset))]
-    given = given | {"bias": _dtype_of(bias), "v": _dtype_of(v), "c0": _dtype_of(c0)}
-    pair = layer.outputs(check, out, dtype, [*operands, *found.values(), c0, *flags])
-    return layer.Call(
-        check, cell, dtype, found, c0, (alpha,) if skip == "x" else (), check.lengths(lengths), *flags,
-        save, layer.saved_dtype(check, saved_dtype, dtype), given, pair,
-    )  # fmt: skip
 
 
-def _dtype_of(array: Any) -> Any:
-    return None if array is None else array.dtype
+def _run(
+    check: Check,
+    options: Options,
+    dtype: str,
+    values: dict[str, Any],
+    alpha: Any,
+    shared: layer.Options,
+    projection: layer.Projection | None = None,
+) -> tuple[Any, ...]:
+    """What the functions share once their own arguments are checked."""
+    alpha = check.number("alpha", alpha)
+    if options.skip == "x":
+        values["x"] = _skip(check, values["x"], dtype, "weight" if projection else "u")
+    cell = sru_cell(options)
+    return layer.forward(check, cell, dtype, values, (alpha,) if cell.constants else (), shared, projection)
+
+
+def _skip(check: Check, x: Any, dtype: str, gates: str) -> np.ndarray[Any, Any]:
+    """x as the skip, (L, B, D, d): each direction has its own part."""
+    x = check.plain("x", x)
+    check.dtype("x", x, (dtype,))
+    L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
+    if x.shape != (L, B, D * d):
+        raise check.error(
+            "x",
+            f"has shape {x.shape}, but the highway adds it to h of shape (L, B, D*d) = ({L}, {B}, {D * d}): give "
+            f"{gates} a fourth gate for a projected skip (sru_init does so), or pass highway=False",
+            ShapeError,
+        )
+    return np.ascontiguousarray(x).reshape(L, B, D, d)

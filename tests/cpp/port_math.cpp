@@ -4,15 +4,15 @@
 template <class T>
 using Pack = Vec<T, SRU_VECTOR_BYTES / sizeof(T)>;
 
-#define UNARY(name)                                                                               \
-  template <class T>                                                                              \
-  static void apply_##name(const T *x, T *y, index_t n) {                                         \
-    for (index_t i = 0; i < n; i += Pack<T>::width) {                                             \
-      const int part = n - i < Pack<T>::width ? int(n - i) : Pack<T>::width;                      \
-      store_part(y + i, name(load_part<Pack<T>>(x + i, part)), part);                             \
-    }                                                                                             \
-  }                                                                                               \
-  SRU_EXPORT void name##_float32(const float *x, float *y, index_t n) { apply_##name(x, y, n); }  \
+#define UNARY(name)                                                                              \
+  template <class T>                                                                             \
+  static void apply_##name(const T *x, T *y, index_t n) {                                        \
+    for (index_t i = 0; i < n; i += Pack<T>::width) {                                            \
+      const int part = n - i < Pack<T>::width ? int(n - i) : Pack<T>::width;                     \
+      store_part(y + i, name(load_part<Pack<T>>(x + i, part)), part);                            \
+    }                                                                                            \
+  }                                                                                              \
+  SRU_EXPORT void name##_float32(const float *x, float *y, index_t n) { apply_##name(x, y, n); } \
   SRU_EXPORT void name##_float64(const double *x, double *y, index_t n) { apply_##name(x, y, n); }
 
 UNARY(exp)
@@ -23,18 +23,18 @@ UNARY(sigmoid)
 UNARY(softplus)
 UNARY(relu)
 
-#define CONVERT(name)                                                                 \
-  SRU_EXPORT void load_##name(const name *x, float *y, index_t n) {                   \
-    for (index_t i = 0; i < n; i += Pack<float>::width) {                             \
-      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width;  \
-      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                   \
-    }                                                                                 \
-  }                                                                                   \
-  SRU_EXPORT void store_##name(const float *x, name *y, index_t n) {                  \
-    for (index_t i = 0; i < n; i += Pack<float>::width) {                             \
-      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width;  \
-      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                   \
-    }                                                                                 \
+#define CONVERT(name)                                                                \
+  SRU_EXPORT void load_##name(const name *x, float *y, index_t n) {                  \
+    for (index_t i = 0; i < n; i += Pack<float>::width) {                            \
+      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width; \
+      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                  \
+    }                                                                                \
+  }                                                                                  \
+  SRU_EXPORT void store_##name(const float *x, name *y, index_t n) {                 \
+    for (index_t i = 0; i < n; i += Pack<float>::width) {                            \
+      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width; \
+      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                  \
+    }                                                                                \
   }
 
 CONVERT(float16)

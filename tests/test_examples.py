@@ -1,0 +1,293 @@
+"""The example programs, run as a user runs them: in a process of their own, in some folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CHAR_LM = [sys.executable, str(EXAMPLES / "char_lm.py")]
+TINY = "--layers 2 --d 32 --embed 16".split()
+SHORT = "--batch 8 --length 32".split()
+FINAL = re.compile(r"^validation ([\d.]+) bits per character \(unigram ([\d.]+), gzip ([\d.]+)\)$", re.MULTILINE)
+PROGRESS = r" *\d+%  step [\d,]+  [\d.]+ bits/char  [\d,]+ chars/s  \d+:\d\d left"
+BEFORE = re.compile(r"^before training: validation on a part of the text, ([\d.]+) bits", re.MULTILINE)
+
+
+def char_lm(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CHAR_LM, *options], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if name.startswith("param.")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an easily predictable text: five sentences in random order."""
+    path = tmp_path_factory.mktemp("char_lm")
+    words = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()
+    rng = random.Random(0)
+    sentences = [" ".join(rng.sample(words, 6)) + ".\n" for _ in range(5)]
+    (path / "text.txt").write_text("".join(rng.choices(sentences, k=900)))
+    (path / "empty.txt").write_text("")
+    (path / "short.txt").write_text("too short")
+    (path / "subfolder").mkdir()
+    np.savez(path / "other.npz", a=np.zeros(3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> tuple[float, float, str]:
+    """Trains weights.npz; validation bits, unigram bits and everything printed."""
+    result = char_lm(folder, "--text", "text.txt", "--out", "weights.npz", "--steps", "150", *TINY, *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    final = FINAL.search(result.stdout)
+    assert final, result.stdout
+    return float(final[1]), float(final[2]), result.stdout
+
+
+def test_quickstart_goes_down_its_gradient(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "quickstart.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    before, after = map(float, re.findall(r"\d+\.\d+", result.stdout))
+    assert 0 < after < before
+
+
+def test_training_beats_unigram(trained: tuple[float, float, str]) -> None:
+    bits, unigram, output = trained
+    before = BEFORE.search(output)
+    assert before and float(before[1]) > unigram
+    assert bits < unigram - 2  # the order of five sentences leaves well below one bit per character
+
+
+def test_progress_is_plain_lines_when_not_on_a_terminal(trained: tuple[float, float, str]) -> None:
+    output = trained[2]
+    lines = re.findall(rf"^{PROGRESS}$", output, re.MULTILINE)
+    assert 10 < len(lines) < 30
+    assert lines[-1].startswith("100%  step 150 ")
+    assert "\r" not in output
+
+
+def test_sample_follows_training(folder: Path, trained: tuple[float, float, str]) -> None:
+    text = trained[2].split("sample:\n")[1]
+    assert len(text) > 450
+    words = set((folder / "text.txt").read_text().replace(".", " ").split())
+    sampled = text.replace(".", " ").split()
+    assert sum(word in words for word in sampled) > len(sampled) / 2
+
+
+def test_same_seed_same_weights(folder: Path, tmp_path: Path) -> None:
+    def run(name: str, seed: str) -> dict[str, np.ndarray]:
+        options = ["--text", str(folder / "text.txt"), "--steps", "10", "--seed", seed, "--dropout", "0.2"]
+        result = char_lm(tmp_path, *options, "--out", name, *TINY, *SHORT)
+        assert result.returncode == 0, result.stderr
+        return weights(tmp_path / name)
+
+    first, again, other = run("a.npz", "5"), run("b.npz", "5"), run("c.npz", "6")
+    assert len(first) == 3 + 3 * 2  # embedding, output weight and bias; weight, bias and v of two layers
+    for name, array in first.items():
+        assert np.isfinite(array).all()
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+        assert not np.array_equal(other[name], array), name
+
+
+def test_resume_goes_on(folder: Path, tmp_path: Path, trained: tuple[float, float, str]) -> None:
+    options = ["--text", str(folder / "text.txt"), "--resume", str(folder / "weights.npz"), "--out", "more.npz"]
+    result = char_lm(tmp_path, *options, "--steps", "60", "--lr", "0.003", *SHORT)
+    assert result.returncode == 0, result.stderr
+    before, final = BEFORE.search(result.stdout), FINAL.search(result.stdout)
+    assert before and final
+    assert float(before[1]) < trained[0] + 0.2
+    assert float(final[1]) < trained[0] + 0.05
+    assert "2 SRU layers, d = 32" in result.stdout
+    old, new = weights(folder / "weights.npz"), weights(tmp_path / "more.npz")
+    assert all(not np.array_equal(old[name], new[name]) for name in old)
+    assert [path.name for path in tmp_path.iterdir()] == ["more.npz"]
+
+
+def test_resume_writes_to_its_own_file_by_default(folder: Path, tmp_path: Path, trained: object) -> None:
+    (tmp_path / "w.npz").write_bytes((folder / "weights.npz").read_bytes())
+    result = char_lm(tmp_path, "--text", str(folder / "text.txt"), "--resume", "w.npz", "--steps", "1", *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert not np.array_equal(
+        weights(tmp_path / "w.npz")["param.embed"], weights(folder / "weights.npz")["param.embed"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["w.npz"]
+
+
+def test_sample_only(folder: Path, trained: object) -> None:
+    before = (folder / "weights.npz").read_bytes()
+    options = ["--resume", "weights.npz", "--sample", "60", "--prompt", "the quick", "--temperature", "0.5"]
+    first, again = char_lm(folder, *options), char_lm(folder, *options)
+    other = char_lm(folder, *options, "--seed", "1")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the quick")
+    assert len(first.stdout) == len("the quick") + 60 + len("\n")
+    assert first.stdout == again.stdout != other.stdout
+    assert (folder / "weights.npz").read_bytes() == before
+
+
+def test_float64(folder: Path, tmp_path: Path) -> None:
+    options = ["--text", str(folder / "text.txt"), "--dtype", "float64", "--steps", "5"]
+    result = char_lm(tmp_path, *options, *TINY, *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert {array.dtype for array in weights(tmp_path / "char_lm.npz").values()} == {np.dtype("float64")}
+
+
+def test_default_text_is_the_standard_library(tmp_path: Path) -> None:
+    result = char_lm(tmp_path, "--steps", "1", "--layers", "1", "--d", "8", "--embed", "8")
+    assert result.returncode == 0, result.stderr
+    sizes = re.search(r"^text: ([\d,]+) characters to learn from, ([\d,]+) after them", result.stdout)
+    assert sizes
+    learn, valid = (int(size.replace(",", "")) for size in sizes.groups())
+    assert learn > 1_000_000
+    assert abs(learn - 9 * valid) < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT that can be sent to one process")
+def test_interrupt_saves(folder: Path, tmp_path: Path) -> None:
+    command = [*CHAR_LM, "--text", str(folder / "text.txt"), "--steps", "1000000", *TINY, *SHORT]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background may have SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout
+        seen = next((line for line in process.stdout if " step " in line), None)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert seen, stderr
+    assert process.returncode == 130, stderr
+    assert stderr == ""
+    assert "weights saved in char_lm.npz" in stdout
+    assert "stopped by Ctrl-C" in stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["char_lm.npz"]
+    assert char_lm(tmp_path, "--sample", "20").returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_progress_bar_on_a_terminal(folder: Path, tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [*CHAR_LM, "--text", str(folder / "text.txt"), "--minutes", "0.02", *TINY, *SHORT]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=subprocess.STDOUT) as process:
+        os.close(theirs)
+        output = b""
+        try:
+            while chunk := os.read(ours, 4096):
+                output += chunk
+        except OSError:  # how a Linux pseudo-terminal says that its other end is closed
+            pass
+        os.close(ours)
+    assert process.returncode == 0, output
+    bars = re.findall(rf"\r\[[#-]{{10}}\] {PROGRESS}", output.decode())  # also: it fits into 80 columns
+    assert len(bars) > 3
+    assert bars[-1].startswith("\r[##########] 100%")
+
+
+@pytest.mark.parametrize(
+    "option, others",
+    [
+        ("--text missing.txt", ""),
+        ("--text subfolder", ""),
+        ("--text empty.txt", ""),
+        ("--text short.txt", ""),
+        ("--resume missing.npz", ""),
+        ("--resume text.txt", ""),
+        ("--resume other.npz", ""),
+        ("--resume empty.txt", ""),
+        ("--out missing/w.npz", "--text text.txt"),
+        ("--out subfolder", "--text text.txt"),
+        ("--sample 10", "--out untrained.npz"),
+        ("--sample 0", ""),
+        ("--steps 0", ""),
+        ("--minutes 0", ""),
+        ("--minutes nan", ""),
+        ("--layers 0", ""),
+        ("--d -1", ""),
+        ("--embed 1.5", ""),
+        ("--batch 0", ""),
+        ("--batch 100000", "--text text.txt"),
+        ("--length x", ""),
+        ("--lr 0", ""),
+        ("--lr inf", ""),
+        ("--dropout 1", ""),
+        ("--seed -1", ""),
+        ("--dtype int8", ""),
+        ("--temperature 0", ""),
+        ("--prompt=", ""),
+        ("--d 33", "--resume weights.npz"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_option(folder: Path, trained: object, option: str, others: str) -> None:
+    before = sorted(folder.rglob("*"))
+    result = char_lm(folder, *option.split(), *others.split())
+    assert result.returncode == 2, result.stdout
+    assert result.stdout == ""
+    assert result.stderr.startswith("char_lm.py: argument ")
+    assert result.stderr.count("\n") == 1
+    assert option.replace("=", " ").split()[0] in result.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_divergence_saves_nothing(folder: Path, tmp_path: Path) -> None:
+    options = ["--text", str(folder / "text.txt"), "--steps", "40", "--lr", "1e36"]
+    result = char_lm(tmp_path, *options, *TINY, *SHORT)
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.splitlines()[-1].startswith("char_lm.py: argument --lr: ")
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_gradients_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64: the gradient along a random direction against a central difference, and step against forward."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import char_lm as program
+
+    rng = np.random.default_rng(0)
+    model = program.Model({"layers": 2, "d": 12, "embed": 7, "dtype": "float64"}, seed=1)
+    tokens, targets = rng.integers(97, 110, (2, 9, 3)).astype(np.uint8)
+    state = [rng.standard_normal(c.shape) for c in model.zero_state(3)]
+    masks = program.dropout_masks(rng, model, 0.3, 3)
+
+    def loss() -> float:
+        return float(program.cross_entropy(model.forward(tokens, state, masks)[0], targets.reshape(-1))[0])
+
+    logits, _, saved = model.forward(tokens, state, masks, save=True)
+    grads = model.backward(program.cross_entropy(logits, targets.reshape(-1))[1], saved)
+    assert grads.keys() == model.params.keys()
+    for name, p in model.params.items():
+        direction = rng.standard_normal(p.shape)
+        slope, size = float((grads[name] * direction).sum()), 1e-6
+        p += size * direction
+        above = loss()
+        p -= 2 * size * direction
+        below = loss()
+        p += size * direction
+        assert slope == pytest.approx((above - below) / (2 * size), rel=1e-6, abs=1e-8), name
+
+    whole, _, _ = model.forward(tokens[:, :1], model.zero_state(1))
+    state = model.zero_state(1)
+    for t, token in enumerate(tokens[:, 0]):
+        logits, state = model.step(int(token), state)
+        np.testing.assert_allclose(logits, whole[t], rtol=1e-12, atol=1e-12)
