@@ -38,6 +38,7 @@ SMALL, MIDDLE, LARGE = SHAPES = (32, 32, 128), (128, 32, 512), (512, 16, 1024)
 ALPHA = math.sqrt(3)
 TOLERANCE = 2e-5  # of an array's largest magnitude: float32 rounding through 512 steps, against float64
 PAUSE = 0.1  # seconds of sleep before each block: by then the threads of the last block spin no more
+ROWS: list[Row] = []  # in a measuring process: what it measures
 
 # What the project aims at; a shape that is not named has no target.
 TARGETS = {
@@ -187,15 +188,13 @@ def peers(p: Problem) -> list[Row]:
 
 def peer(p: Problem, name: str) -> tuple[dict[str, Callable], str]:
     """What a peer's rows call, and what is wrong with its results."""
-    torch = importlib.import_module("torch")
+    torch, d = importlib.import_module("torch"), p.shape[2]
     torch.set_num_threads(p.threads)
-    d = p.shape[2]
     if name != "sru":  # another function: only its shape can be wrong
         calls = torch_calls(torch, getattr(torch.nn, name)(d, d), p)
         return calls, "" if calls["forward"]()[0].shape == p.x.shape else "no speed: another shape"
     cell = importlib.import_module("sru").SRUCell(d, d)
-    columns = p.weight[0].transpose(2, 1, 0)  # its gates are innermost
-    for parameter, array in zip(cell.parameters(), (columns, p.v, p.bias)):
+    for parameter, array in zip(cell.parameters(), (p.weight[0].transpose(2, 1, 0), p.v, p.bias)):  # gates innermost
         parameter.data = torch.from_numpy(np.ascontiguousarray(array)).view(parameter.shape)
     calls = torch_calls(torch, cell, p)
     h, c_last, dx = calls["forward + backward"]()
@@ -224,12 +223,9 @@ def torch_calls(torch: Any, module: Any, p: Problem) -> dict[str, Callable]:
     return dict(zip(PASSES, (forward, forward_and_backward)))
 
 
-ROWS: list[Row] = []  # in a measuring process: its rows
-
-
 def prepare(shape: Shape, threads: int, group: str) -> list[Row]:
-    """In a measuring process: its rows, without their calls. Peers have a process of their own, as what a library
-    leaves in the heap decides whether new arrays of another one cost page faults."""
+    """In a measuring process: sets ROWS, and returns them without their calls. Peers have a process of their own,
+    as what one library leaves in the heap decides whether another one's new arrays cost page faults."""
     warnings.filterwarnings("ignore", module=r"sru\.")  # it has no CUDA, and minds gradients on the CPU
     p = Problem(shape, threads)
     ROWS.extend(peers(p) if group == "peers" else copies(p) + recurrences(p) + layers(p))
@@ -342,10 +338,9 @@ def main() -> int:
         shape = tuple(map(int, text.split(",")))
         rows += results(shape, measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget))
         print(f"{text} done", file=sys.stderr)
-    report = {"date": str(today), **environment(root), "threads": args.threads}
-    report |= {"load before and after": [load, os.getloadavg()], "rows": rows}
+    report = {"date": str(today), **environment(root), "threads": args.threads, "load": [load, os.getloadavg()]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    args.out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     print(table(rows), f"\nwritten: {args.out}")
     return int(any(row["fault"].startswith("no speed") for row in rows))
 

@@ -303,8 +303,10 @@ def main() -> int:
     try:
         return run(parser.parse_args(), parser.error)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C before there was anything to save")
+        print("\nstopped by Ctrl-C")
         return 130
+    except MemoryError:
+        parser.error("not enough memory: lower --d, --layers, --batch or --length")
 
 
 if __name__ == "__main__":

@@ -250,6 +250,22 @@ def test_bad_input_is_one_line_that_names_the_option(folder: Path, trained: obje
     assert sorted(folder.rglob("*")) == before
 
 
+def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
+    result = char_lm(tmp_path, "--d", "100000000")
+    assert result.returncode == 2, result.stdout
+    assert result.stderr == "char_lm.py: not enough memory: lower --d, --layers, --batch or --length\n"
+
+
+def test_help_names_every_option(tmp_path: Path) -> None:
+    result = char_lm(tmp_path, "--help")
+    assert result.returncode == 0, result.stderr
+    options = (
+        "text out resume steps minutes layers d embed dtype batch length lr dropout seed sample prompt temperature"
+    )
+    for option in options.split():
+        assert re.search(rf"^  --{option}\b.* [a-z]", result.stdout, re.MULTILINE | re.DOTALL), option
+
+
 def test_divergence_saves_nothing(folder: Path, tmp_path: Path) -> None:
     options = ["--text", str(folder / "text.txt"), "--steps", "40", "--lr", "1e36"]
     result = char_lm(tmp_path, *options, *TINY, *SHORT)
