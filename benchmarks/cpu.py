@@ -285,16 +285,16 @@ def results(shape: Shape, samples: dict[Row, list[float]]) -> list[dict[str, Any
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["(L, B, d) | what | threads | median ms | min - max | n | rate | compared | target", "--- |" * 9]
+    lines = ["(L, B, d) | what | threads | median ms | min - max | n | rate | compared | target", "--- | " * 8 + "---"]
     for row in rows:
         cells = ["{shape} | {label} | {threads}"]
-        cells += ["{fault} | |" if row["fault"] else "{median_ms:.2f} | {min_ms:.2f} - {max_ms:.2f} | {n}"]
+        cells += ["{fault} | |" if row["fault"] else "{median_ms:.3f} | {min_ms:.3f} - {max_ms:.3f} | {n}"]
         cells += ["{rate:.1f} {unit}/s" if row["unit"] and not row["fault"] else ""]
         cells += ["{value:.2f} ({by_minima:.2f}) {sense} {against}" if "value" in row else ""]
         bound, verdict = "<=" if row["sense"] == "x" else ">=", "reached" if row.get("reached") else "MISSED"
         cells += [f"{bound} {{target}} {verdict}" if "reached" in row else ""]
         lines.append(" | ".join(cells).format(**row))
-    return "\n".join(f"| {line.rstrip('|')} |" for line in lines)
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def caches() -> dict[str, int]:
@@ -308,10 +308,10 @@ def environment(root: Path) -> dict[str, Any]:
     """Machine, versions, and the commit, which is known if sru_rt is imported from this checkout."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = info.partition("model name")[2].partition("\n")[0].strip(" :\t") or platform.machine()
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    blas = getattr(np.__config__, "CONFIG", {}).get("Build Dependencies", {}).get("blas", {})  # from numpy 1.26 on
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {name: installed.get(name, "not installed") for name in ("numpy", "torch", "sru")}
-    versions |= {"blas": f"{blas['name']} {blas['version']}", "sru_rt": sru_rt.__version__}
+    versions |= {"blas": f"{blas.get('name')} {blas.get('version')}", "sru_rt": sru_rt.__version__}
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     ours = root in Path(sru_rt.__file__).resolve().parents
     commit = ours and subprocess.run(describe, capture_output=True, text=True).stdout.strip()
@@ -333,14 +333,14 @@ def main() -> int:
     for library in ("OPENBLAS", "MKL", "OMP"):  # read when a measuring process loads them
         os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`
-    rows, load = [], os.getloadavg()
+    rows, report, load = [], {"date": str(today), **environment(root)}, os.getloadavg()
     for text in args.shapes[:1] if args.quick else args.shapes:
         shape = tuple(map(int, text.split(",")))
         rows += results(shape, measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget))
         print(f"{text} done", file=sys.stderr)
-    report = {"date": str(today), **environment(root), "threads": args.threads, "load": [load, os.getloadavg()]}
+    report |= {"threads": args.threads, "load": [load, os.getloadavg()], "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows), f"\nwritten: {args.out}")
     return int(any(row["fault"].startswith("no speed") for row in rows))
 

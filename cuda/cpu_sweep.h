@@ -4,6 +4,11 @@
 
 #include "arguments.h"
 
+// Results of this size and more are written past the caches.
+#ifndef SRU_STREAMING_BYTES
+#define SRU_STREAMING_BYTES (16 << 20)
+#endif
+
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
 
@@ -33,7 +38,7 @@ struct CpuSweep {
       row = (t * a.B + b) * a.D + q;
       sequence = n;
       direction = q;
-      state = q * a.B + b;
+      state = state_row(a, n);
       padded = t >= length || (a.mask && a.mask[t * a.B + b]);
       starts_anew = a.reset && boundary < length && t < length && a.reset[boundary * a.B + b];
     }
@@ -49,8 +54,13 @@ struct CpuSweep {
     return whole ? load<real>(p) : load_part<real>(p, n);
   }
   template <bool whole, class T>
-  SRU_FN void put(T *p, real a, int n) {
-    whole ? store(p, a) : store_part(p, a, n);
+  SRU_FN void put(T *p, real a, int n, bool streaming = false) {
+    if (!whole)
+      store_part(p, a, n);
+    else if (streaming)
+      store_streaming(p, a);
+    else
+      store(p, a);
   }
 
   // Calls body(j, n, whole) for each pack of channels; the last one may be part of a pack.
@@ -119,7 +129,9 @@ struct CpuSweep {
     const Reader &from;
     const acc *const *prev;  // null rows: zeros
     acc *const *next;
-    Io *h;  // null: not wanted
+    Saved *const *kept;  // a copy of the new states; null rows: not wanted
+    Io *h;               // null: not wanted
+    bool streaming;
 
     template <bool whole>
     SRU_MEMBER void operator()(index_t j, int n) const {
@@ -127,49 +139,68 @@ struct CpuSweep {
       real state[Cell::n_state], new_state[Cell::n_state], new_h;
       for (int i = 0; i < Cell::n_state; i++) state[i] = prev[i] ? get<whole>(prev[i] + j, n) : real(0);
       Cell::template step<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, new_state, &new_h);
-      for (int i = 0; i < Cell::n_state; i++) put<whole>(next[i] + j, new_state[i], n);
-      if (h) put<whole>(h + j, new_h, n);
+      for (int i = 0; i < Cell::n_state; i++) {
+        put<whole>(next[i] + j, new_state[i], n);
+        if (kept[i]) put<whole>(kept[i] + j, new_state[i], n, streaming);
+      }
+      if (h) put<whole>(h + j, new_h, n, streaming);
     }
   };
 
   // One step of one row: from the states `prev` to the states `next`, which may be the same rows.
   SRU_FN void step_row(const Given &a, const Place &at, const Part &part, const acc *const *prev, acc *const *next,
-                       Io *h) {
+                       Saved *const *kept, Io *h, bool streaming) {
     const acc *start[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++) start[i] = at.starts_anew ? nullptr : prev[i];
     if (!at.padded) {
-      for_channels(part, StepRow{Reader(a, at), start, next, h});
+      for_channels(part, StepRow{Reader(a, at), start, next, kept, h, streaming});
       return;
     }
-    for (int i = 0; i < Cell::n_state; i++)
+    for (int i = 0; i < Cell::n_state; i++) {
       if (start[i] != next[i]) copy_row(part, next[i], start[i]);
+      if (kept[i]) copy_row(part, kept[i], start[i]);
+    }
     if (h) copy_row(part, h, (const Io *)nullptr);
   }
 
+  // The state is carried in c_last; what is kept for the backward is a copy.
   static void forward(const ForwardArguments<Cell> &f, const Part &part) {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
-    // States kept at every step in their own type are carried in the place where they are kept.
-    const bool in_place = a.every == 1 && same<Saved, acc>;
-    for (index_t s = 0; s < a.L || s == 0; s++) {
+    bool streaming = is_large(a, sizeof(Io) + (a.every == 1) * sizeof(Saved)) && is_aligned(f.h);
+    for (int i = 0; i < Cell::n_state; i++) streaming = streaming && is_aligned(f.saved[i]);
+    for (index_t n = part.first; n < part.last; n++)
+      for (int i = 0; i < Cell::n_state; i++) {
+        const acc *c0 = a.c0[i] ? (const acc *)a.c0[i] + state_row(a, n) * a.d : nullptr;
+        acc *c = (acc *)f.c_last[i] + state_row(a, n) * a.d;
+        if (c != c0) copy_row(part, c, c0);
+        if (a.every && a.L) copy_row(part, (Saved *)f.saved[i] + n * a.d, (const acc *)c);
+      }
+    for (index_t s = 0; s < a.L; s++) {
+      const bool keep = a.every && s + 1 < a.L && (s + 1) % a.every == 0;
       for (index_t n = part.first; n < part.last; n++) {
-        acc *prev[Cell::n_state], *next[Cell::n_state];
-        for (int i = 0; i < Cell::n_state; i++) {
-          const index_t b = n / a.D, q = n - b * a.D, place = q * a.B + b;
-          acc *last = (acc *)f.c_last[i] + place * a.d;
-          prev[i] = in_place && a.L ? (acc *)f.saved[i] + (s * rows + n) * a.d : last;
-          next[i] = in_place && s + 1 < a.L ? (acc *)f.saved[i] + ((s + 1) * rows + n) * a.d : last;
-          const acc *c0 = (const acc *)a.c0[i];
-          if (s == 0 && prev[i] != c0 + place * a.d) copy_row(part, prev[i], c0 ? c0 + place * a.d : nullptr);
-          if (!in_place && a.every && a.L && s % a.every == 0)
-            copy_row(part, (Saved *)f.saved[i] + (s / a.every * rows + n) * a.d, (const acc *)prev[i]);
-        }
-        if (a.L == 0) continue;
         const Place at(a, s, n);
-        step_row(a, at, part, prev, next, (Io *)f.h + at.row * a.d);
+        acc *c[Cell::n_state];
+        Saved *kept[Cell::n_state];
+        for (int i = 0; i < Cell::n_state; i++) {
+          c[i] = (acc *)f.c_last[i] + at.state * a.d;
+          kept[i] = keep ? (Saved *)f.saved[i] + ((s + 1) / a.every * rows + n) * a.d : nullptr;
+        }
+        step_row(a, at, part, c, c, kept, (Io *)f.h + at.row * a.d, streaming);
       }
     }
+    if (streaming) finish_streaming();
   }
+
+  SRU_FN index_t state_row(const Given &a, index_t n) { return n % a.D * a.B + n / a.D; }
+
+  // Results that no cache can hold until they are read again are written past the caches, which saves reading the lines
+  // that they overwrite. It takes whole packs at aligned addresses.
+  SRU_FN bool is_large(const Given &a, index_t bytes_per_channel) {
+    const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
+    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= SRU_STREAMING_BYTES;
+  }
+  SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
 
   // ----------------------------------------------------------------------------------------------------------------
   // Backward
@@ -207,7 +238,7 @@ struct CpuSweep {
     const State *const *prev;  // null rows: zeros
     const Io *dh;
     acc *const *dstate;
-    bool starts_anew;
+    bool starts_anew, streaming;
 
     template <bool whole>
     SRU_MEMBER void operator()(index_t j, int n) const {
@@ -223,13 +254,13 @@ struct CpuSweep {
       Cell::template gradient<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, dnew_state,
                                     &dnew_h, dgate, dinput, dper_sequence, dparam, dold_state);
       for (int i = 0; i < Cell::n_gates; i++)
-        if (to.gate[i]) put<whole>(to.gate[i] + j, dgate[i], n);
+        if (to.gate[i]) put<whole>(to.gate[i] + j, dgate[i], n, streaming);
       for (int i = 0; i < Cell::n_inputs; i++)
         if (to.input[i]) {
           if (is_wide(i))
-            put<whole>((acc *)to.input[i] + j, dinput[i], n);
+            put<whole>((acc *)to.input[i] + j, dinput[i], n, streaming);
           else
-            put<whole>((Io *)to.input[i] + j, dinput[i], n);
+            put<whole>((Io *)to.input[i] + j, dinput[i], n, streaming);
         }
       for (int i = 0; i < Cell::n_per_sequence; i++)
         if (to.per_sequence[i]) add<whole>(to.per_sequence[i] + j, dper_sequence[i], n);
@@ -260,7 +291,7 @@ struct CpuSweep {
 
   template <class State>
   SRU_FN void gradient_row(const BackwardArguments<Cell> &f, index_t s, index_t n, const Part &part,
-                           const State *const *kept) {
+                           const State *const *kept, bool streaming) {
     const Given &a = f.given;
     const Place at(a, s, n);
     const Writer to(f, at);
@@ -272,14 +303,15 @@ struct CpuSweep {
     }
     const State *prev[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++) prev[i] = at.starts_anew ? nullptr : kept[i];
-    for_channels(part,
-                 GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate, at.starts_anew});
+    for_channels(part, GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate,
+                                          at.starts_anew, streaming});
   }
 
   // Recomputes the states before steps begin .. end - 1 into the scratch, from the one that was kept.
   SRU_FN void recompute(const BackwardArguments<Cell> &f, index_t begin, index_t end, const Part &part) {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
+    Saved *const no_copy[Cell::n_state] = {};
     for (index_t s = begin; s < end; s++)
       for (index_t n = part.first; n < part.last; n++) {
         acc *prev[Cell::n_state], *next[Cell::n_state];
@@ -288,28 +320,20 @@ struct CpuSweep {
           next[i] = prev[i] + rows * a.d;
           if (s == begin) copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
         }
-        if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, nullptr);
+        if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, no_copy, nullptr, false);
       }
   }
 
   static void backward(const BackwardArguments<Cell> &f, const Part &part) {
     const Given &a = f.given;
-    const index_t rows = a.B * a.D;
-    for (index_t n = part.first; n < part.last; n++) {
-      const index_t b = n / a.D, q = n - b * a.D, place = (q * a.B + b) * a.d;
-      for (int i = 0; i < Cell::n_state; i++)
-        copy_row(part, (acc *)f.dc0[i] + place, f.dc_last[i] ? (const acc *)f.dc_last[i] + place : nullptr);
-      for (int i = 0; i < Cell::n_per_sequence; i++)
-        if (f.dper_sequence[i].data)
-          copy_row(part, (acc *)f.dper_sequence[i].data + n * f.dper_sequence[i].stride, (const acc *)nullptr);
-      for (int i = 0; i < Cell::n_params; i++)
-        if (f.dparam[i].data) copy_row(part, partial_row(f, n, i), (const acc *)nullptr);
-    }
+    const bool streaming = streams(f);
+    for (index_t n = part.first; n < part.last; n++) start_row(f, n, part);
     for (index_t end = a.L; end > 0;) {
       const index_t begin = (end - 1) / a.every * a.every;
       if (a.every > 1) recompute(f, begin, end, part);
       for (index_t s = end - 1; s >= begin; s--)
         for (index_t n = part.first; n < part.last; n++) {
+          const index_t rows = a.B * a.D;
           const Saved *saved[Cell::n_state];
           const acc *states[Cell::n_state];
           for (int i = 0; i < Cell::n_state; i++) {
@@ -317,12 +341,33 @@ struct CpuSweep {
             states[i] = (const acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
           }
           if (a.every > 1)
-            gradient_row(f, s, n, part, states);
+            gradient_row(f, s, n, part, states, streaming);
           else
-            gradient_row(f, s, n, part, saved);
+            gradient_row(f, s, n, part, saved, streaming);
         }
       end = begin;
     }
+    if (streaming) finish_streaming();
+  }
+
+  // The adjoint of the last state, and zeros where sums begin.
+  SRU_FN void start_row(const BackwardArguments<Cell> &f, index_t n, const Part &part) {
+    const Given &a = f.given;
+    const index_t place = state_row(a, n) * a.d;
+    for (int i = 0; i < Cell::n_state; i++)
+      copy_row(part, (acc *)f.dc0[i] + place, f.dc_last[i] ? (const acc *)f.dc_last[i] + place : nullptr);
+    for (int i = 0; i < Cell::n_per_sequence; i++)
+      if (f.dper_sequence[i].data)
+        copy_row(part, (acc *)f.dper_sequence[i].data + n * f.dper_sequence[i].stride, (const acc *)nullptr);
+    for (int i = 0; i < Cell::n_params; i++)
+      if (f.dparam[i].data) copy_row(part, partial_row(f, n, i), (const acc *)nullptr);
+  }
+
+  SRU_FN bool streams(const BackwardArguments<Cell> &f) {
+    bool aligned = true;
+    for (int i = 0; i < Cell::n_gates; i++) aligned = aligned && is_aligned(f.dgate[i].data);
+    for (int i = 0; i < Cell::n_inputs; i++) aligned = aligned && is_aligned(f.dinput[i].data);
+    return aligned && is_large(f.given, sizeof(Io) * (Cell::n_gates + Cell::n_inputs));
   }
 
   // Sums the parameters' gradients over sequences, in ascending order, so that they do not depend on the tasks.

@@ -21,7 +21,7 @@
 #define SRU_VECTOR_BYTES 16
 #endif
 
-#if defined(__FMA__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -177,6 +177,25 @@ SRU_FN void store_half_words(void *p, typename Real::bits b) {
   typedef typename Lanes<uint16_t, Real::width>::vec halves;
   *(typename Lanes<uint16_t, Real::width>::in_memory *)p = __builtin_convertvector(b, halves);
 }
+
+// Stores past the caches, where the machine can; at addresses that are multiples of SRU_VECTOR_BYTES (or of the half,
+// for 16-bit types). They are seen by other threads after finish_streaming().
+template <class T, class Real>
+SRU_FN void store_streaming(T *p, Real a) {
+  store(p, a);
+}
+SRU_FN void finish_streaming() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+#if defined(__AVX512F__)
+SRU_FN void store_streaming(float *p, Vec<float, 16> a) { _mm512_stream_ps(p, a.v); }
+SRU_FN void store_streaming(double *p, Vec<double, 8> a) { _mm512_stream_pd(p, a.v); }
+#elif defined(__AVX__)
+SRU_FN void store_streaming(float *p, Vec<float, 8> a) { _mm256_stream_ps(p, a.v); }
+SRU_FN void store_streaming(double *p, Vec<double, 4> a) { _mm256_stream_pd(p, a.v); }
+#endif
 
 // bfloat16 is the upper half of a float32; rounding is to nearest even, and a NaN stays one.
 template <class Real>

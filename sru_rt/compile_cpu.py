@@ -145,7 +145,7 @@ def load(unit: str) -> ctypes.CDLL:
         )
         path = _cache_folder() / f"{key.hexdigest()[:40]}.so"
         if cache.find(path):
-            log.debug("cache hit %s", path)
+            _debug("cache hit %s", path)
         else:
             _compile(found, unit, path)
         try:
@@ -156,6 +156,14 @@ def load(unit: str) -> ctypes.CDLL:
                 "noexec, set "
                 "SRU_RT_CACHE_DIR to another one"
             ) from None
+
+
+def _debug(message: str, *values: object) -> None:
+    """Logs; SRU_RT_DEBUG=1 sends the log to standard error, without any set-up by the program."""
+    if settings.debug() and not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.DEBUG)
+    log.debug(message, *values)
 
 
 def _cache_folder() -> Path:
@@ -186,7 +194,7 @@ def _compile(compiler: Compiler, unit: str, path: Path) -> None:
                 "Name another compiler in SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
             )
         cache.publish(made, path)
-    log.debug("compiled %s in %.2f s: %s", path, time.perf_counter() - began, shlex.join(command))
+    _debug("compiled %s in %.2f s: %s", path, time.perf_counter() - began, shlex.join(command))
 
 
 @functools.cache

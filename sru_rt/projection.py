@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .recurrence import empty
+from .memory import empty
 
 NDArray = np.ndarray[Any, Any]
 

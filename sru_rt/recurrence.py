@@ -15,10 +15,10 @@ from . import abi, launch
 from .cell import Array, Cell
 from .dtypes import state_dtype, to_numpy
 from .launch import Variant
+from .memory import empty
 
 NDArray = np.ndarray[Any, Any]
 
-_ALIGNMENT = 64
 _STEP_KINDS = ("gates", "inputs")
 
 
@@ -65,14 +65,6 @@ def operand(declared: Array, array: NDArray, dtype: str) -> NDArray:
     if declared.kind == "gates" or (declared.kind == "inputs" and array.dtype.name == dtype):
         return np.ascontiguousarray(array, to_numpy(dtype))
     return np.ascontiguousarray(array, to_numpy(state_dtype(dtype)))
-
-
-def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
-    """An uninitialised array that begins at a multiple of a cache line, so that packs of lanes do not straddle two."""
-    n = int(np.prod(shape))
-    memory = np.empty(n * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + n * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def _slots(array: NDArray | None, declared: Array) -> list[abi.Slot]:

@@ -57,6 +57,14 @@ def num_threads() -> int:
     return os.cpu_count() or 1
 
 
+def pool_bytes() -> int:
+    """SRU_RT_POOL_MB: how much freed memory is kept for the next arrays, in MiB (default 512); 0 keeps none."""
+    value = os.environ.get("SRU_RT_POOL_MB", "")
+    if value and not value.isdigit():
+        raise ArgumentError(f"SRU_RT_POOL_MB must be a number of MiB (got {value!r}); unset it for the default")
+    return int(value or 512) << 20
+
+
 def path() -> str:
     """PATH: where the compiler is looked for."""
     return os.environ.get("PATH", "")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sru_rt import projection, recurrence
+from sru_rt import memory, projection, recurrence
 
 
-def poisoned(shape, dtype, _empty=recurrence.empty):
+def poisoned(shape, dtype, _empty=memory.empty):
     array = _empty(shape, dtype)
     array.view(np.uint8)[...] = 0xFF  # a NaN in every floating-point format
     return array

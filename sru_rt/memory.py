@@ -1,0 +1,62 @@
+"""Memory for results and for what is kept between forward and backward.
+
+Fresh pages cost as much as a pass over them, and a training step asks for the same large arrays again and again. So
+large blocks are not given back to the system at once, but kept for the next array of about their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from . import settings
+from .errors import ArgumentError
+
+NDArray = np.ndarray[Any, Any]
+
+_ALIGNMENT = 64  # a cache line: packs of lanes do not straddle two
+_LARGE = 1 << 20  # below, the system's allocator reuses memory well
+
+_free: list[NDArray] = []  # oldest first
+
+
+class _Block:
+    """Memory that an array stands on. When the last array on it is gone, it becomes free for the next."""
+
+    def __init__(self, memory: NDArray) -> None:
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        try:
+            _free.append(self.memory)
+            limit = settings.pool_bytes()
+            while sum(block.nbytes for block in tuple(_free)) > limit:
+                _free.pop(0)
+        except (ArgumentError, AttributeError, IndexError, TypeError):
+            return  # a setting that empty() complains of, the end of the interpreter, or a block that another took
+
+
+def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
+    """An uninitialised C-contiguous array that begins at a multiple of a cache line."""
+    nbytes = prod(shape) * dtype.itemsize
+    memory = np.asarray(_take(nbytes + _ALIGNMENT)) if nbytes >= _LARGE else np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _take(nbytes: int) -> _Block:
+    """A free block that is large enough and not much too large, else a fresh one."""
+    settings.pool_bytes()
+    for i in range(len(_free) - 1, -1, -1):
+        try:
+            block = _free.pop(i)
+        except IndexError:  # another thread was faster
+            continue
+        if nbytes <= block.nbytes <= nbytes + nbytes // 8:
+            return _Block(block)
+        _free.insert(i, block)
+    return _Block(np.empty(nbytes, np.uint8))
