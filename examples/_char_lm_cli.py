@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-TEXT_CAP = 3_000_000  # bytes of the default text
-NO_TEXT = set("test tests idle_test lib2to3 pydoc_data site-packages dist-packages __pycache__".split())
+TEXT_CAP = 6_000_000  # bytes of the default text
+NO_TEXT = set("test tests idle_test lib2to3 encodings pydoc_data site-packages dist-packages __pycache__".split())
 
 
 def standard_library() -> bytes:

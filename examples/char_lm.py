@@ -53,7 +53,7 @@ class Model:
         # near its skip, so that gradients reach the lowest one.
         like = xp.empty(0, dtype)
         self.layers = [
-            sru_rt.sru_init(d if i else embed, d, highway_bias=-1.0, dtype=dtype, rng=rng, like=like)
+            sru_rt.sru_init(d if i else embed, d, highway_bias=-2.0, dtype=dtype, rng=rng, like=like)
             for i in range(hyper["layers"])
         ]
         self.params = {

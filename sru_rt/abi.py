@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from typing import NamedTuple
 
 from .cell import Cell
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One scalar of the step function as an array: address of its first element, elements from row to row."""
 
     pointer: int
@@ -24,8 +24,7 @@ class Slot:
 NOT_WANTED = Slot(0, 0)
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What both passes are given; the fields of RecurrenceArguments."""
 
     L: int
@@ -44,8 +43,7 @@ class Given:
     constants: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """The fields of ForwardArguments."""
 
     given: Given
@@ -54,8 +52,7 @@ class Forward:
     saved: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """The fields of BackwardArguments."""
 
     given: Given
@@ -103,4 +100,4 @@ def _given(g: Given) -> list[int | float]:
 
 
 def _slots(slots: Iterable[Slot]) -> list[int | float]:
-    return [number for slot in slots or (NOT_WANTED,) for number in (slot.pointer, slot.stride)]
+    return list(chain.from_iterable(slots or (NOT_WANTED,)))

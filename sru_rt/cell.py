@@ -30,7 +30,7 @@ class Array:
     members: tuple[str, ...]
     stacked: bool = False
 
-    @property
+    @cached_property
     def axes(self) -> str:
         members = f"{len(self.members)} " if self.stacked or self.kind in ("gates", "params") else ""
         return {

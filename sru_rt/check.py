@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import IO_DTYPES
+from .dtypes import IO_DTYPES, name_of
 from .errors import ArgumentError, DtypeError, LibraryError, ShapeError
 
 NDArray = np.ndarray[Any, Any]
@@ -93,7 +93,7 @@ class Check:
         return text
 
     def dtype(self, name: str, array: NDArray, dtypes: Sequence[str]) -> None:
-        if array.dtype.name not in dtypes:
+        if name_of(array.dtype) not in dtypes:
             other = "" if array.dtype.name not in IO_DTYPES else f", or give x another dtype than {dtypes[0]}"
             raise DtypeError(
                 f"{self.function}: {name} has dtype {array.dtype.name}; it needs {' or '.join(dict.fromkeys(dtypes))}: "
@@ -102,13 +102,13 @@ class Check:
 
     def io_dtype(self, name: str, array: NDArray) -> str:
         """The dtype of x (or u), which all others follow."""
-        if array.dtype.name not in IO_DTYPES:
+        if name_of(array.dtype) not in IO_DTYPES:
             raise DtypeError(
                 f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: "
                 "convert it with "
                 f"{name}.astype('float32')"
             )
-        return str(array.dtype.name)
+        return name_of(array.dtype)
 
     def lengths(self, value: Any) -> NDArray | None:
         """`lengths` as int64 (B,); a list of integers will do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,18 @@ import numpy as np
 IO_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+@cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """``dtype.name``, which NumPy forms anew at each use."""
+    return str(dtype.name)
+
+
 def state_dtype(dtype: str) -> str:
     """The dtype in which the state is carried and sums are formed, for x of `dtype`."""
     return "float64" if dtype == "float64" else "float32"
 
 
+@cache
 def to_numpy(dtype: str) -> np.dtype[Any]:
     """The NumPy dtype of a name; bfloat16 is one when the package ml_dtypes is installed."""
     if dtype == "bfloat16":

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import abi, launch
 from .cell import Array, Cell
-from .dtypes import state_dtype, to_numpy
+from .dtypes import name_of, state_dtype, to_numpy
 from .launch import Variant
 from .memory import empty
 
@@ -62,7 +62,7 @@ class Operands:
 
 def operand(declared: Array, array: NDArray, dtype: str) -> NDArray:
     """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
-    if declared.kind == "gates" or (declared.kind == "inputs" and array.dtype.name == dtype):
+    if declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) == dtype):
         return np.ascontiguousarray(array, to_numpy(dtype))
     return np.ascontiguousarray(array, to_numpy(state_dtype(dtype)))
 
@@ -119,7 +119,7 @@ def forward(
     """
     L, B, D, d = operands.sizes
     acc = operands.accumulator
-    saved_dtype = saved_dtype or acc.name
+    saved_dtype = saved_dtype or name_of(acc)
     n_states = len(operands.cell.state)
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
     last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
@@ -170,6 +170,6 @@ def backward(
         dparams=_slots_of_kind(cell, "params", gradients),
         dc0=[_pointer(a) for a in dc0],
     )
-    saved_dtype = saved[0].dtype.name
+    saved_dtype = name_of(saved[0].dtype)
     launch.run(operands.variant(saved_dtype), arguments)
     return gradients, dc0

@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_that_names_the_option(folder: Path, trained: obje
 
 
 def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
-    result = char_lm(tmp_path, "--d", "100000000")
+    result = char_lm(tmp_path, "--d", "1000000000000")  # beyond any address space
     assert result.returncode == 2, result.stdout
     assert result.stderr == "char_lm.py: not enough memory: lower --d, --layers, --batch or --length\n"
 
@@ -259,11 +259,9 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
 def test_help_names_every_option(tmp_path: Path) -> None:
     result = char_lm(tmp_path, "--help")
     assert result.returncode == 0, result.stderr
-    options = (
-        "text out resume steps minutes layers d embed dtype batch length lr dropout seed sample prompt temperature"
-    )
-    for option in options.split():
-        assert re.search(rf"^  --{option}\b.* [a-z]", result.stdout, re.MULTILINE | re.DOTALL), option
+    options = "text out resume steps minutes layers d embed dtype batch length lr dropout seed sample prompt"
+    for option in [*options.split(), "temperature"]:
+        assert re.search(rf"^  --{option} ", result.stdout, re.MULTILINE), option
 
 
 def test_divergence_saves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def test_metadata(dist):
 def test_one_version_everywhere():
     assert importlib.metadata.version("sru_rt") == sru_rt.__version__
     assert f"\nversion: {sru_rt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert f"## {sru_rt.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("[", "")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = next(line for line in changes.splitlines() if line.startswith("## "))
+    assert newest.startswith(("## Unreleased", f"## {sru_rt.__version__}"))
 
 
 def test_cuda_is_a_folder_and_no_package():

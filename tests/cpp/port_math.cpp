@@ -1,54 +1,59 @@
-// Exports the element-wise mathematics of port.h on arrays, for tests/test_port.py.
+// Exports the mathematics and the conversions of port.h on arrays, for tests/test_port.py.
 #include "port.h"
+
+typedef float float32;
+typedef double float64;
 
 template <class T>
 using Pack = Vec<T, SRU_VECTOR_BYTES / sizeof(T)>;
 
-#define UNARY(name)                                                                              \
-  template <class T>                                                                             \
-  static void apply_##name(const T *x, T *y, index_t n) {                                        \
-    for (index_t i = 0; i < n; i += Pack<T>::width) {                                            \
-      const int part = n - i < Pack<T>::width ? int(n - i) : Pack<T>::width;                     \
-      store_part(y + i, name(load_part<Pack<T>>(x + i, part)), part);                            \
-    }                                                                                            \
-  }                                                                                              \
-  SRU_EXPORT void name##_float32(const float *x, float *y, index_t n) { apply_##name(x, y, n); } \
-  SRU_EXPORT void name##_float64(const double *x, double *y, index_t n) { apply_##name(x, y, n); }
+// y = f(x), whole packs first and then what is left, as the sweeps do.
+template <class Real, class From, class To, class Function>
+static void map(const From *x, To *y, index_t n, Function f) {
+  index_t i = 0;
+  for (; i + Real::width <= n; i += Real::width) store(y + i, f(load<Real>(x + i)));
+  if (i < n) store_part(y + i, f(load_part<Real>(x + i, int(n - i))), int(n - i));
+}
 
-UNARY(exp)
-UNARY(log)
-UNARY(sqrt)
-UNARY(tanh)
-UNARY(sigmoid)
-UNARY(softplus)
-UNARY(relu)
+template <class Real, class T, class Function>
+static void map_two(const T *a, const T *b, T *y, index_t n, Function f) {
+  index_t i = 0;
+  for (; i + Real::width <= n; i += Real::width) store(y + i, f(load<Real>(a + i), load<Real>(b + i)));
+  const int rest = int(n - i);
+  if (rest) store_part(y + i, f(load_part<Real>(a + i, rest), load_part<Real>(b + i, rest)), rest);
+}
 
-#define CONVERT(name)                                                                \
-  SRU_EXPORT void load_##name(const name *x, float *y, index_t n) {                  \
-    for (index_t i = 0; i < n; i += Pack<float>::width) {                            \
-      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width; \
-      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                  \
-    }                                                                                \
-  }                                                                                  \
-  SRU_EXPORT void store_##name(const float *x, name *y, index_t n) {                 \
-    for (index_t i = 0; i < n; i += Pack<float>::width) {                            \
-      const int part = n - i < Pack<float>::width ? int(n - i) : Pack<float>::width; \
-      store_part(y + i, load_part<Pack<float>>(x + i, part), part);                  \
-    }                                                                                \
+#define UNARY(name, T)                                                   \
+  SRU_EXPORT void name##_##T(const T *x, T *y, index_t n) {              \
+    map<Pack<T>>(x, y, n, [](Pack<T> a) -> Pack<T> { return name(a); }); \
+  }
+#define BINARY(name, T)                                                                       \
+  SRU_EXPORT void name##_##T(const T *a, const T *b, T *y, index_t n) {                       \
+    map_two<Pack<T>>(a, b, y, n, [](Pack<T> p, Pack<T> q) -> Pack<T> { return name(p, q); }); \
+  }
+#define MATHEMATICS(T) \
+  UNARY(exp, T)        \
+  UNARY(log, T)        \
+  UNARY(sqrt, T)       \
+  UNARY(tanh, T)       \
+  UNARY(sigmoid, T)    \
+  UNARY(softplus, T)   \
+  UNARY(relu, T)       \
+  BINARY(minimum, T)   \
+  BINARY(maximum, T)
+
+MATHEMATICS(float32)
+MATHEMATICS(float64)
+
+#define CONVERSIONS(T)                                              \
+  SRU_EXPORT void load_##T(const T *x, float32 *y, index_t n) {     \
+    map<Pack<float32>>(x, y, n, [](Pack<float32> a) { return a; }); \
+  }                                                                 \
+  SRU_EXPORT void store_##T(const float32 *x, T *y, index_t n) {    \
+    map<Pack<float32>>(x, y, n, [](Pack<float32> a) { return a; }); \
   }
 
-CONVERT(float16)
-CONVERT(bfloat16)
+CONVERSIONS(float16)
+CONVERSIONS(bfloat16)
 
-template <class T>
-static void minimum_maximum(const T *a, const T *b, T *low, T *high, index_t n) {
-  for (index_t i = 0; i < n; i += Pack<T>::width) {
-    const int part = n - i < Pack<T>::width ? int(n - i) : Pack<T>::width;
-    const Pack<T> x = load_part<Pack<T>>(a + i, part), y = load_part<Pack<T>>(b + i, part);
-    store_part(low + i, minimum(x, y), part);
-    store_part(high + i, maximum(x, y), part);
-  }
-}
-SRU_EXPORT void minimum_maximum_float32(const float *a, const float *b, float *low, float *high, index_t n) {
-  minimum_maximum(a, b, low, high, n);
-}
+SRU_EXPORT int vector_bytes() { return SRU_VECTOR_BYTES; }
