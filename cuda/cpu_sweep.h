@@ -4,10 +4,10 @@
 
 #include "arguments.h"
 
-// Results of this size and more are written past the caches.
-#ifndef SRU_STREAMING_BYTES
-#define SRU_STREAMING_BYTES (16 << 20)
-#endif
+// Measured, not derived: results of this size and more are written past the caches; what is read is asked for this far
+// ahead, beyond the end of a page, where the hardware stops; rows of partial sums are this many numbers longer than d,
+// so that they do not all begin at the same place of a page and push each other out of the cache.
+constexpr index_t streaming_bytes = 32 << 20, prefetch_bytes = 8 << 10, partial_padding = 80;
 
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
@@ -52,6 +52,12 @@ struct CpuSweep {
   template <bool whole, class T>
   SRU_FN real get(const T *p, int n) {
     return whole ? load<real>(p) : load_part<real>(p, n);
+  }
+  // For what comes from memory rather than from a cache.
+  template <bool whole, class T>
+  SRU_FN real get_ahead(const T *p, int n) {
+    prefetch(p, prefetch_bytes);
+    return get<whole>(p, n);
   }
   template <bool whole, class T>
   SRU_FN void put(T *p, real a, int n, bool streaming = false) {
@@ -113,10 +119,10 @@ struct CpuSweep {
     real per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
 
     SRU_MEMBER Values(const Reader &from, index_t j, int n) {
-      for (int i = 0; i < Cell::n_gates; i++) gate[i] = get<whole>(from.gate[i] + j, n);
+      for (int i = 0; i < Cell::n_gates; i++) gate[i] = get_ahead<whole>(from.gate[i] + j, n);
       for (int i = 0; i < Cell::n_inputs; i++)
-        input[i] =
-            is_wide(i) ? get<whole>((const acc *)from.input[i] + j, n) : get<whole>((const Io *)from.input[i] + j, n);
+        input[i] = is_wide(i) ? get_ahead<whole>((const acc *)from.input[i] + j, n)
+                              : get_ahead<whole>((const Io *)from.input[i] + j, n);
       for (int i = 0; i < Cell::n_per_sequence; i++) per_sequence[i] = get<whole>(from.per_sequence[i] + j, n);
       for (int i = 0; i < Cell::n_params; i++) param[i] = get<whole>(from.param[i] + j, n);
     }
@@ -198,7 +204,7 @@ struct CpuSweep {
   // that they overwrite. It takes whole packs at aligned addresses.
   SRU_FN bool is_large(const Given &a, index_t bytes_per_channel) {
     const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
-    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= SRU_STREAMING_BYTES;
+    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= streaming_bytes;
   }
   SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
 
@@ -228,7 +234,7 @@ struct CpuSweep {
     }
   };
   SRU_FN acc *partial_row(const BackwardArguments<Cell> &f, index_t sequence, int i) {
-    return (acc *)f.partial + (sequence * Cell::n_params + i) * f.given.d;
+    return (acc *)f.partial + (sequence * Cell::n_params + i) * (f.given.d + partial_padding);
   }
 
   template <class State>
@@ -247,10 +253,10 @@ struct CpuSweep {
       real dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
       real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
       for (int i = 0; i < Cell::n_state; i++) {
-        state[i] = prev[i] ? get<whole>(prev[i] + j, n) : real(0);
+        state[i] = prev[i] ? get_ahead<whole>(prev[i] + j, n) : real(0);
         dnew_state[i] = get<whole>(dstate[i] + j, n);
       }
-      const real dnew_h = get<whole>(dh + j, n);
+      const real dnew_h = get_ahead<whole>(dh + j, n);
       Cell::template gradient<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, dnew_state,
                                     &dnew_h, dgate, dinput, dper_sequence, dparam, dold_state);
       for (int i = 0; i < Cell::n_gates; i++)

@@ -233,6 +233,9 @@ SRU_FN void store(float16 *p, Real a) {
   store_half_words<Real>(p, h | sign);
 }
 
+// Asks for the line `bytes` ahead of `p`, which may lie beyond the end of the array.
+SRU_FN void prefetch(const void *p, index_t bytes) { __builtin_prefetch((const void *)((uintptr_t)p + bytes)); }
+
 // The first `n` lanes alone, for the end of a row.
 template <class Real, class T>
 SRU_FN Real load_part(const T *p, int n) {
@@ -276,20 +279,10 @@ template <class Real>
 SRU_FN Real at_least(Real x, Real bound) {
   return where(x < bound, bound, x);
 }
-template <class Real>
-SRU_FN Real reciprocal(Real x) {
-  return Real(1) / x;
-}
 #if defined(__AVX512F__) && !defined(__clang__)
 // The instruction gives its second operand when either is NaN.
 SRU_FN Vec<float, 16> at_most(Vec<float, 16> x, Vec<float, 16> bound) { return _mm512_min_ps(bound.v, x.v); }
 SRU_FN Vec<float, 16> at_least(Vec<float, 16> x, Vec<float, 16> bound) { return _mm512_max_ps(bound.v, x.v); }
-// One Newton step from a 14-bit estimate is right to about one unit in the last place, in less than half the time of
-// a division. `x` must be finite and not 0.
-SRU_FN Vec<float, 16> reciprocal(Vec<float, 16> x) {
-  const Vec<float, 16> r = _mm512_rcp14_ps(x.v);
-  return fma(r, fma(-x, r, Vec<float, 16>(1)), r);
-}
 #endif
 
 template <class Real>
@@ -373,7 +366,7 @@ SRU_FN Vec<double, W> sigmoid(Vec<double, W> x) {
 
 // In float32 the sigmoid bounds the speed of a gated cell, so it takes the shortest way, 1 / (1 + 2^t) with
 // t = -x*log2(e), whose rounding costs less than that of x itself. 2^t is 2^floor(t) or 2^round(t) times a minimax
-// polynomial in the rest (relative error 7.5e-8). t is kept where 2^t and 1 + 2^t are finite.
+// polynomial in the rest (relative error 7.5e-8). AVX-512 has instructions that take any t; elsewhere it is clamped.
 template <int W>
 SRU_FN Vec<float, W> sigmoid(Vec<float, W> x) {
   typedef Vec<float, W> real;
@@ -381,16 +374,16 @@ SRU_FN Vec<float, W> sigmoid(Vec<float, W> x) {
                       0.24022119723848698,  0.6931469670647334,   1.0000000716546822};
   const real t = at_least(at_most(x * real(-1.44269504088896340736), real(126)), real(-126));
   const real shifted = t + real(0x1.8p23 + 127), rest = t - (shifted - real(0x1.8p23 + 127));
-  return reciprocal(fma(polynomial(rest, c, 6), from_bits<real>(as_bits(shifted) << 23), real(1)));
+  return real(1) / fma(polynomial(rest, c, 6), from_bits<real>(as_bits(shifted) << 23), real(1));
 }
 #if defined(__AVX512DQ__) && !defined(__clang__)
 SRU_FN Vec<float, 16> sigmoid(Vec<float, 16> x) {
   typedef Vec<float, 16> real;
   const double c[] = {0.0018775766733615596, 0.008989340094732463, 0.05582631805001738,
                       0.24015361704534385,   0.6931530732000745,   0.9999999250635297};
-  const real t = at_most(x * real(-1.44269504088896340736), real(126));
-  const real rest = _mm512_reduce_ps(t.v, 9);  // t - floor(t), and 0 for -infinity
-  return reciprocal(real(1) + real(_mm512_scalef_ps(polynomial(rest, c, 6).v, t.v)));
+  const real t = x * real(-1.44269504088896340736);
+  const real rest = _mm512_reduce_ps(t.v, 9);  // t - floor(t), and 0 for infinities
+  return real(1) / (real(1) + real(_mm512_scalef_ps(polynomial(rest, c, 6).v, t.v)));
 }
 #endif
 

@@ -221,6 +221,9 @@ def train(model: Model, adam: Adam, data, args: argparse.Namespace, validation):
         if position + args.length >= len(data):  # the streams are at their end, or before their beginning
             position, state = 0, model.zero_state(args.batch)
         tokens, targets = (data[position + i : position + i + args.length] for i in (0, 1))
+        # Now and then a stream forgets its state: the model learns to begin from nothing, as a sample does.
+        kept = to_device((rng.random((1, args.batch, 1)) >= 0.02).astype(model.hyper["dtype"]))
+        state = [c * kept for c in state]
         masks = dropout_masks(rng, model, args.dropout, args.batch)
         logits, state, saved = model.forward(tokens, state, masks, save=True)
         loss, dlogits = cross_entropy(logits, targets.reshape(-1))

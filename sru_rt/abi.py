@@ -23,6 +23,9 @@ class Slot(NamedTuple):
 
 NOT_WANTED = Slot(0, 0)
 
+# Numbers by which rows of partial sums are longer than d; `partial_padding` in cuda/cpu_sweep.h.
+PARTIAL_PADDING = 80
+
 
 class Given(NamedTuple):
     """What both passes are given; the fields of RecurrenceArguments."""

@@ -156,7 +156,7 @@ def backward(
             gradients[a.name] = empty(array.shape, array.dtype if a.kind in _STEP_KINDS else acc)
     dc0 = [empty((D, B, d), acc) for _ in cell.state]
     states = [empty((every, B, D, d), acc) if every > 1 else None for _ in cell.state]
-    partial = empty((B, D, len(cell.params), d), acc)
+    partial = empty((B, D, len(cell.params), d + abi.PARTIAL_PADDING), acc)
     arguments = abi.Backward(
         given=_given(operands, every),
         dh=_pointer(dh),

@@ -413,7 +413,7 @@ def traced(tree: Any) -> Callable[..., Any]:
 
 
 @given(TREES, st.integers(0, 2**32 - 1))
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_random_expression(tree, seed):
     """Values against NumPy, derivatives against finite differences, wherever no kink is near."""
     rng = np.random.default_rng(seed)

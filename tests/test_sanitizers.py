@@ -34,16 +34,17 @@ class Mode:
     environment: dict[str, str]
 
 
-# -O0 leaves every access in place and halves the time to compile, as do calls in place of inlined checks.
+# -O0 leaves every access in place and halves the time to compile, as do calls in place of inlined checks. Results of
+# every size are written past the caches where they are aligned.
 MODES = {
     "address": Mode(
-        "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all "
+        "-DSRU_STREAMING_BYTES=64 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all "
         "--param asan-instrumentation-with-call-threshold=0",
         ("libasan.so", "libstdc++.so"),  # the latter, because the former looks for its exceptions at the start
-        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        {"ASAN_OPTIONS": "detect_leaks=0:exitcode=66", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=66"},
     ),
     "thread": Mode(
-        "-O1 -g1 -fsanitize=thread",
+        "-DSRU_STREAMING_BYTES=64 -O1 -g1 -fsanitize=thread",
         ("libtsan.so",),
         {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
     ),
@@ -103,13 +104,21 @@ PLANTED = {
         "vector_size(sizeof(T) * W), may_alias",
         r"runtime error: (load of|store to) misaligned address",
     ),
-    "count bits in signed numbers": Job(
+    "read one gate too many": Job(
         "address",
         "basic",
-        "port.h",
-        "typedef uint32_t unsigned_type;",
-        "typedef int32_t unsigned_type;",
-        r"runtime error: (signed integer overflow|left shift of)",
+        "cpu_sweep.h",
+        "for (int i = 0; i < Cell::n_gates; i++) gate[i] = (const Io *)",
+        "for (int i = 0; i <= Cell::n_gates; i++) gate[i] = (const Io *)",
+        r"runtime error: index \d+ out of bounds",
+    ),
+    "count elements in int": Job(
+        "address",
+        "basic",
+        "cpu_sweep.h",
+        "return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel",
+        "return int(a.L) * int(a.B) * int(a.D) * int(a.d) * (1 << 30)",
+        r"runtime error: signed integer overflow",
     ),
     "take a task without the lock": Job(
         "thread",
@@ -119,14 +128,6 @@ PLANTED = {
         "    pthread_mutex_unlock(&p->lock);\n",
         "    const Task task = p->task;\n    void *const argument = p->argument;\n"
         "    pthread_mutex_unlock(&p->lock);\n    const int i = p->next++;\n",
-        RACE,
-    ),
-    "return before the last task is done": Job(
-        "thread",
-        "basic",
-        "pool.cpp",
-        "while (p->unfinished > 0) pthread_cond_wait(&p->finished, &p->lock);",
-        "",
         RACE,
     ),
     "sum up in one row for all sequences": Job(
@@ -220,6 +221,5 @@ def test_the_sources_are_clean(name, outcome):
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_reported(name, outcome):
     done = outcome(name)
-    job = PLANTED[name]
-    assert done.returncode not in (0, 1), f"status {done.returncode}, nothing reported\n{done.stdout}{done.stderr[-4000:]}"
-    assert re.search(job.report, done.stderr), done.stderr[-4000:]
+    assert re.search(PLANTED[name].report, done.stderr), f"status {done.returncode}\n{done.stderr[-4000:]}"
+    assert done.returncode == 66
