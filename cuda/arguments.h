@@ -42,7 +42,7 @@ struct BackwardArguments {
   const void *dc_last[Cell::n_state];  // null: zeros
   const void *saved[Cell::n_state];
   void *states[Cell::n_state];  // scratch, (every, B, D, d), where every > 1
-  void *partial;                // scratch, (B, D, number of params, d + padding)
+  Slot partial;                 // scratch for sums over time, rows (b, q, param)
   Slot dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
   Slot dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
   void *dc0[Cell::n_state];

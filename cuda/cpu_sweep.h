@@ -4,10 +4,9 @@
 
 #include "arguments.h"
 
-// Measured, not derived: results of this size and more are written past the caches; what is read is asked for this far
-// ahead, beyond the end of a page, where the hardware stops; rows of partial sums are this many numbers longer than d,
-// so that they do not all begin at the same place of a page and push each other out of the cache.
-constexpr index_t streaming_bytes = 32 << 20, prefetch_bytes = 8 << 10, partial_padding = 80;
+// Measured, not derived: results of this size and more are written past the caches, and what is read is asked for this
+// far ahead, beyond the end of a page, where the hardware stops.
+constexpr index_t streaming_bytes = 32 << 20, prefetch_bytes = 8 << 10;
 
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
@@ -234,7 +233,7 @@ struct CpuSweep {
     }
   };
   SRU_FN acc *partial_row(const BackwardArguments<Cell> &f, index_t sequence, int i) {
-    return (acc *)f.partial + (sequence * Cell::n_params + i) * (f.given.d + partial_padding);
+    return (acc *)f.partial.data + (sequence * Cell::n_params + i) * f.partial.stride;
   }
 
   template <class State>

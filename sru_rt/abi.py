@@ -23,9 +23,6 @@ class Slot(NamedTuple):
 
 NOT_WANTED = Slot(0, 0)
 
-# Numbers by which rows of partial sums are longer than d; `partial_padding` in cuda/cpu_sweep.h.
-PARTIAL_PADDING = 80
-
 
 class Given(NamedTuple):
     """What both passes are given; the fields of RecurrenceArguments."""
@@ -63,7 +60,7 @@ class Backward(NamedTuple):
     dc_last: Sequence[int]
     saved: Sequence[int]
     states: Sequence[int]
-    partial: int
+    partial: Slot
     dgates: Sequence[Slot]
     dinputs: Sequence[Slot]
     dper_sequence: Sequence[Slot]
@@ -78,7 +75,7 @@ def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
         values += [arguments.h, *arguments.c_last, *arguments.saved]
     else:
         b = arguments
-        values += [b.dh, *b.dc_last, *b.saved, *b.states, b.partial]
+        values += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
         values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
         values += b.dc0
     return layout(cell, isinstance(arguments, Forward)).pack(*values)
@@ -93,7 +90,7 @@ def layout(cell: Cell, forward: bool) -> struct.Struct:
     given = f"{8 + integers + states}q{max(1, len(cell.constants))}d"
     if forward:
         return struct.Struct(f"={given}{1 + 2 * states}q")
-    return struct.Struct(f"={given}{2 + 3 * states + integers + states}q")
+    return struct.Struct(f"={given}{3 + 3 * states + integers + states}q")
 
 
 def _given(g: Given) -> list[int | float]:

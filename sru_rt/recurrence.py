@@ -21,6 +21,10 @@ NDArray = np.ndarray[Any, Any]
 
 _STEP_KINDS = ("gates", "inputs")
 
+# Rows of partial sums are this many numbers longer than d, so that they do not all begin at the same place of a page and
+# push each other out of the cache.
+_PADDING = 80
+
 
 @dataclass(frozen=True, eq=False)
 class Operands:
@@ -156,14 +160,14 @@ def backward(
             gradients[a.name] = empty(array.shape, array.dtype if a.kind in _STEP_KINDS else acc)
     dc0 = [empty((D, B, d), acc) for _ in cell.state]
     states = [empty((every, B, D, d), acc) if every > 1 else None for _ in cell.state]
-    partial = empty((B, D, len(cell.params), d + abi.PARTIAL_PADDING), acc)
+    partial = empty((B, D, len(cell.params), d + _PADDING), acc)
     arguments = abi.Backward(
         given=_given(operands, every),
         dh=_pointer(dh),
         dc_last=[_pointer(a) for a in dc_last],
         saved=[_pointer(a) for a in saved],
         states=[_pointer(a) for a in states],
-        partial=_pointer(partial),
+        partial=abi.Slot(_pointer(partial), d + _PADDING),
         dgates=_slots_of_kind(cell, "gates", gradients),
         dinputs=_slots_of_kind(cell, "inputs", gradients),
         dper_sequence=_slots_of_kind(cell, "per_sequence", gradients),

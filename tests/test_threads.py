@@ -111,8 +111,9 @@ def test_callers_at_once_get_their_own_results(callers, cuts, monkeypatch):
 # In processes of their own: what hangs is killed there, with the stacks of its threads.
 
 PRELUDE = """
-import faulthandler, os, sys, threading, time, warnings
-faulthandler.dump_traceback_later(60, exit=True)
+import faulthandler, os, signal, threading, time, warnings
+faulthandler.register(signal.SIGALRM, chain=True)
+signal.alarm(60)
 import numpy as np
 import sru_rt
 from sru_rt import launch
@@ -131,7 +132,7 @@ def fork(function):
     # The child goes the whole way to the end of the interpreter, as a program does that calls os.fork().
     pid = os.fork()
     if pid == 0:
-        faulthandler.dump_traceback_later(30, exit=True)
+        signal.alarm(30)
         function()
         raise SystemExit(0)
     return pid
@@ -145,7 +146,7 @@ def same():
 """
 
 
-def run(code: str, timeout: float = 90, **environment: str) -> str:
+def run(code: str, **environment: str) -> str:
     """Runs a program, which must end by itself with status 0 and without a word to standard error."""
     settings = {"OPENBLAS_NUM_THREADS": "1", "SRU_RT_NUM_THREADS": "3"} | environment
     done = subprocess.run(
@@ -153,7 +154,7 @@ def run(code: str, timeout: float = 90, **environment: str) -> str:
         env={k: v for k, v in (os.environ | settings).items() if v},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, ""), f"status {done.returncode}\n{done.stdout}{done.stderr[-4000:]}"
     return done.stdout
@@ -298,7 +299,6 @@ def test_number_of_threads(settings, workers):
         """
         if os.environ.get("CORES"):
             os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
-        faulthandler.cancel_dump_traceback_later()  # a thread as well
         before = len(os.listdir("/proc/self/task"))
         for _ in range(3):
             work()
