@@ -21,8 +21,8 @@ NDArray = np.ndarray[Any, Any]
 
 _STEP_KINDS = ("gates", "inputs")
 
-# Rows of partial sums are this many numbers longer than d, so that they do not all begin at the same place of a page and
-# push each other out of the cache.
+# Rows of partial sums are this many numbers longer than d, so that they do not all begin at the same place of a page
+# and push each other out of the cache.
 _PADDING = 80
 
 
