@@ -117,8 +117,9 @@ def copies(p: Problem) -> list[Row]:
 
         def share(i: int) -> None:
             start, end = half * i // threads, half * (i + 1) // threads
+            to, origin = target.ctypes.data + start, source.ctypes.data + start
             for _ in range(repeats):
-                ctypes.memmove(target.ctypes.data + start, source.ctypes.data + start, end - start)
+                ctypes.memmove(to, origin, end - start)
 
         call = (lambda: share(0)) if threads == 1 else (lambda: list(pool.map(share, range(threads))))
         return Row(f"copy, {width} B/element", threads, call, 2e-9 * half, "GB", repeats=repeats)

@@ -309,9 +309,10 @@ def test_the_branch_not_taken_adds_nothing():
     np.testing.assert_array_equal(db, [2, 2, 0])
     table = Graph()
     x, seed = table.input("x"), table.input("seed")
-    (gradient,), _ = differentiate([where(x > 0, x, 0.0)], [seed], [x])
     values = {"x": np.array([-1.0, 1.0]), "seed": np.array([np.inf, 3.0])}
-    np.testing.assert_array_equal(evaluate(topological([gradient]), values, FLOAT64)[gradient], [0, 3])
+    for branch_of_x in (where(x > 0, x, 0.0), relu(x), maximum(x, 0.0)):
+        (gradient,), _ = differentiate([branch_of_x], [seed], [x])
+        np.testing.assert_array_equal(evaluate(topological([gradient]), values, FLOAT64)[gradient], [0, 3])
 
 
 def test_several_outputs_and_seeds():

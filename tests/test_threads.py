@@ -272,7 +272,7 @@ def test_fork_while_another_thread_traces_a_cell():
 
         arrays = (Array("u", "gates", ("u",)), Array("c", "state", ("c",)))
         slow, other = Cell("slow", slow_step, arrays), Cell("other", step, arrays)
-        thread = threading.Thread(target=lambda: slow.formula)
+        thread = threading.Thread(target=lambda: slow.formula, daemon=True)
         thread.start()
         inside.wait()
         child = fork(lambda: other.formula)
