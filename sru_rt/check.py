@@ -22,6 +22,7 @@ class Check:
     def __init__(self, function: str, **names: str) -> None:
         self.function, self.names = function, names
         self.sizes: dict[str, tuple[int, str]] = {}
+        self.leading = ""  # the array whose dtype all others follow
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis][0]
@@ -38,9 +39,9 @@ class Check:
 
     def number(self, name: str, value: Any) -> float:
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise self.error(name, f"must be a number (got {value!r})") from None
+            number = float("no number") if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self.error(name, f"must be a number that fits in a float (got {value!r})") from None
         if not np.isfinite(number):
             raise self.error(name, f"must be finite (got {value!r})")
         return number
@@ -55,15 +56,14 @@ class Check:
     def plain(self, name: str, value: Any) -> NDArray:
         if not isinstance(value, np.ndarray):
             kind = type(value)
-            raise LibraryError(
-                f"{self.function}: {name} must be an array (got {kind.__module__}.{kind.__qualname__}); pass "
-                f"numpy.asarray({name})"
-            )
+            module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+            got = "None" if value is None else f"{module}{kind.__qualname__}"
+            way = "pass one" if value is None or name.startswith("out") else f"pass numpy.asarray({name})"
+            raise LibraryError(f"{self.function}: {name} must be an array (got {got}); {way}")
         if isinstance(value, np.ma.MaskedArray):
             raise LibraryError(
-                f"{self.function}: {name} is a masked array, whose mask would be ignored; pass {name}.filled(...), "
-                "and mask= or "
-                "lengths= for padding"
+                f"{self.function}: {name} must be a plain array (got a masked one, whose mask would be ignored); pass "
+                f"{name}.filled(...), and mask= or lengths= for padding"
             )
         return np.asarray(value)
 
@@ -72,53 +72,61 @@ class Check:
         if array.ndim != len(letters):
             raise self.error(
                 name,
-                f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters)}",
+                f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters, name)}",
                 ShapeError,
             )
         for letter, size in zip(letters, array.shape):
             needed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, (size, name))[0]
             if size != needed:
-                raise self.error(name, f"has shape {array.shape}; it needs {self._describe(letters)}", ShapeError)
+                raise self.error(name, f"has shape {array.shape}; it needs {self._describe(letters, name)}", ShapeError)
+            if size == 0 and letter in ("d", "d_in", "p"):  # L and B may be 0
+                problem = f"has shape {array.shape}, {letter} = 0; {letter} must be at least 1"
+                raise self.error(name, problem, ShapeError)
 
-    def _describe(self, letters: Sequence[str]) -> str:
-        """E.g. ``(D, B, d) = (1, 3, 8), where B = 3 comes from x``."""
-        text = f"({', '.join(letters)})"
-        known = [letter for letter in letters if letter in self.sizes]
-        if known:
-            sizes = [str(self[letter]) if letter in self.sizes else letter for letter in letters]
-            origins = [
-                f"{letter} = {self[letter]} comes from {self.sizes[letter][1]}" for letter in dict.fromkeys(known)
-            ]
-            text += f" = ({', '.join(sizes)}), where {' and '.join(origins)}"
-        return text
+    def _describe(self, letters: Sequence[str], name: str) -> str:
+        """E.g. ``(D, B, d) = (1, 3, 8), where B = 3 comes from x and D = 1, d = 8 come from weight``."""
+        known = {letter: self.sizes[letter] for letter in letters if letter in self.sizes}
+        sizes = [str(known[letter][0]) if letter in known else letter for letter in letters]
+        text = _tuple(letters) + (f" = {_tuple(sizes)}" if known else "")
+        by_origin: dict[str, list[str]] = {}
+        for letter, (size, origin) in known.items():
+            if origin != name:
+                by_origin.setdefault(origin, []).append(f"{letter} = {size}")
+        origins = [f"{', '.join(s)} {'come' if len(s) > 1 else 'comes'} from {o}" for o, s in by_origin.items()]
+        return text + (f", where {' and '.join(origins)}" if origins else "")
 
     def dtype(self, name: str, array: NDArray, dtypes: Sequence[str]) -> None:
         if name_of(array.dtype) not in dtypes:
-            other = "" if array.dtype.name not in IO_DTYPES else f", or give x another dtype than {dtypes[0]}"
-            raise DtypeError(
-                f"{self.function}: {name} has dtype {array.dtype.name}; it needs {' or '.join(dict.fromkeys(dtypes))}: "
-                f"convert it with {name}.astype({dtypes[0]!r}){other}"
-            )
+            needed = " or ".join(dict.fromkeys(dtypes))
+            way = f"convert it with {name}.astype({dtypes[0]!r})"
+            if name.startswith("out"):
+                way = f"pass numpy.empty({array.shape}, {dtypes[0]!r})"
+            elif self.leading and array.dtype.name in IO_DTYPES:
+                way += f", or give {self.leading} the dtype {array.dtype.name}"
+            raise DtypeError(f"{self.function}: {name} has dtype {array.dtype.name}; it needs {needed}: {way}")
 
     def io_dtype(self, name: str, array: NDArray) -> str:
         """The dtype of x (or u), which all others follow."""
         if name_of(array.dtype) not in IO_DTYPES:
             raise DtypeError(
                 f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: "
-                "convert it with "
-                f"{name}.astype('float32')"
+                f"convert it with {name}.astype('float32')"
             )
+        self.leading = name
         return name_of(array.dtype)
 
     def lengths(self, value: Any) -> NDArray | None:
         """`lengths` as int64 (B,); a list of integers will do."""
         if value is None:
             return None
-        array = np.asarray(value) if isinstance(value, (list, tuple)) else self.plain("lengths", value)
+        try:
+            array = np.asarray(value) if isinstance(value, (list, tuple)) else self.plain("lengths", value)
+        except (ValueError, OverflowError):
+            raise self.error("lengths", f"must be (B,) integers (got the ragged {value!r})", ShapeError) from None
         if array.dtype.kind not in "iu" and array.size:
             raise DtypeError(
                 f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it "
-                "with astype('int64')"
+                "with numpy.asarray(lengths).astype('int64')"
             )
         self.shape("lengths", array, "B")
         wrong = np.flatnonzero((array < 0) | (array > self["L"]))
@@ -129,7 +137,7 @@ class Check:
                 f"must be from 0 to L = {self['L']} (got {array[b]} for sequence {b}); L comes from "
                 f"{self.sizes['L'][1]}",
             )
-        return np.ascontiguousarray(array, np.int64)
+        return np.array(array, np.int64)
 
     def flags(self, name: str, value: Any) -> NDArray | None:
         """`mask` or `reset` as bool (L, B); integers and floats count as true where they are not 0."""
@@ -138,7 +146,13 @@ class Check:
         array = self.plain(name, value)
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
             raise DtypeError(
-                f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with astype(bool)"
+                f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with "
+                f"{name}.astype(bool)"
             )
         self.shape(name, array, "L B")
         return np.ascontiguousarray(array != 0 if array.dtype != np.bool_ else array)
+
+
+def _tuple(words: Sequence[str]) -> str:
+    """As Python prints a tuple."""
+    return f"({words[0]},)" if len(words) == 1 else f"({', '.join(words)})"

@@ -45,9 +45,14 @@ def wanted(function: str, need: Any, given: Mapping[str, Any]) -> set[str]:
     """The names in `need`, by default all inputs that were given."""
     if need is None:
         return {name for name, value in given.items() if value is not None}
-    names = (need,) if isinstance(need, str) else tuple(need)
+    try:
+        names = (need,) if isinstance(need, str) else tuple(need)
+    except TypeError:
+        raise ArgumentError(
+            f"{function}: need must be a name or names among {', '.join(given)} (got {need!r})"
+        ) from None
     for name in names:
-        if name not in given:
+        if not isinstance(name, str) or name not in given:
             raise ArgumentError(f"{function}: need has {name!r}; it may have {', '.join(given)}")
         if given[name] is None:
             raise ArgumentError(f"{function}: need has {name!r}, but {name} was None in the forward; leave it out")

@@ -95,7 +95,7 @@ def saved_dtype(check: Check, value: Any, dtype: str) -> str:
     except TypeError:
         name = str(value)
     if name not in choices:
-        raise check.error("saved_dtype", f"must be {' or '.join(choices)} for x of {dtype} (got {name})")
+        raise check.error("saved_dtype", f"must be {' or '.join(choices)} for x of {dtype} (got {name!r})")
     return name
 
 
@@ -189,14 +189,15 @@ def forward(
     given = {n: _dtypes_of(v) for n, v in values.items() if n not in declared or declared[n].kind != "per_sequence"}
     rows, weight = None, None
     if projection:
-        weight, rows = Weight.of(factors), np.ascontiguousarray(projection.x, to_numpy(dtype)).reshape(L * B, -1)
-        arrays["u"] = project(rows, weight).reshape(L, B, D, -1, d)
+        weight, rows = Weight.of(factors), recurrence.contiguous(projection.x, to_numpy(dtype))
+        rows = rows.reshape(L * B, check["d_in"])
+        arrays["u"] = project(rows, weight).reshape(L, B, D, check["k"], d)
     c0 = arrays.pop(next(a.name for a in cell.arrays if a.kind == "state"), None)
     operands = Operands(
         cell=cell,
         dtype=dtype,
         arrays={name: recurrence.operand(declared[name], array, dtype) for name, array in arrays.items()},
-        c0=[None if c0 is None else np.ascontiguousarray(c0, to_numpy(state_dtype(dtype)))],
+        c0=[None if c0 is None else recurrence.contiguous(c0, to_numpy(state_dtype(dtype)))],
         constants=constants,
         lengths=lengths,
         mask=mask,
@@ -251,7 +252,8 @@ def backward(function: str, saved: Any, dh: Any, dc_last: Any, need: Any) -> Gra
     if saved.weight is not None:
         values |= _through_projection(saved, operands, found, names)
     elif "x" in found:
-        values["x"] = found["x"].reshape(*found["x"].shape[:2], -1)
+        L, B, D, d = operands.sizes
+        values["x"] = found["x"].reshape(L, B, D * d)
     result = {name: _cast(values[name], saved.given[name]) for name in saved.given if name in names}
     result |= {name: None for name, given in saved.given.items() if given is None and need is None}
     return Gradients(result, list(saved.given))
@@ -265,13 +267,14 @@ def _through_projection(
         return {}
     values: dict[str, Any] = {}
     L, B, D, d = operands.sizes
-    du = found["u"].reshape(L * B, -1)
+    k = found["u"].shape[3]
+    du = found["u"].reshape(L * B, D * k * d)
     if "x" in names:
-        skip = found["x"].reshape(L * B, -1) if "x" in found else None
-        values["x"] = gradient_of_x(du, saved.weight, skip).reshape(L, B, -1)
+        skip = found["x"].reshape(L * B, D * d) if "x" in found else None
+        values["x"] = gradient_of_x(du, saved.weight, skip).reshape(L, B, saved.x.shape[1])
     if "weight" in names:
         gradients = gradient_of_weight(du, saved.x, saved.weight, _absent(operands))
-        outer = gradients[0].reshape(D, -1, d, gradients[0].shape[-1])
+        outer = gradients[0].reshape(D, k, d, gradients[0].shape[-1])
         values["weight"] = (outer, *gradients[1:]) if len(gradients) > 1 else outer
     return values
 
@@ -287,7 +290,8 @@ def _with_u(saved: Saved) -> Operands:
         )
     L, B, D, d = saved.sizes
     u = project(saved.x, saved.weight)
-    return replace(operands, arrays={**operands.arrays, "u": u.reshape(L, B, D, -1, d)})
+    k = saved.weight.factors[0].shape[0] // (D * d)
+    return replace(operands, arrays={**operands.arrays, "u": u.reshape(L, B, D, k, d)})
 
 
 def _absent(operands: Operands) -> NDArray | None:
@@ -314,8 +318,8 @@ def _seeds(check: Check, saved: Saved, dh: Any, dc_last: Any) -> tuple[NDArray, 
         dh = np.zeros((L, B, D * d), to_numpy(dtype))
     dh = check.array("dh", dh, "L B D*d", (dtype, state))
     if dc_last is not None:
-        dc_last = np.ascontiguousarray(check.array("dc_last", dc_last, "D B d", (state, dtype)), to_numpy(state))
-    return np.ascontiguousarray(dh, to_numpy(dtype)), dc_last
+        dc_last = recurrence.contiguous(check.array("dc_last", dc_last, "D B d", (state, dtype)), to_numpy(state))
+    return recurrence.contiguous(dh, to_numpy(dtype)), dc_last
 
 
 def _cast(value: Any, given: Any) -> Any:

@@ -38,27 +38,29 @@ def _wide(a: NDArray) -> NDArray:
 def product(a: NDArray, b: NDArray, plus: NDArray | None = None) -> NDArray:
     """a (n, m) times b (m, k), plus `plus` (n, k), in the dtype of `a`."""
     out = empty((a.shape[0], b.shape[1]), a.dtype)
-    if a.itemsize > 2:
-        np.matmul(a, b, out=out)
-        if plus is not None:
-            out += plus
-        return out
-    b = _wide(b)
-    for begin in range(0, len(a), _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        block = _wide(a[rows]) @ b
-        out[rows] = block if plus is None else block + _wide(plus[rows])
+    with np.errstate(all="ignore"):  # padding may hold anything, infinities included
+        if a.itemsize > 2:
+            np.matmul(a, b, out=out)
+            if plus is not None:
+                out += plus
+            return out
+        b = _wide(b)
+        for begin in range(0, len(a), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            block = _wide(a[rows]) @ b
+            out[rows] = block if plus is None else block + _wide(plus[rows])
     return out
 
 
 def product_over_rows(a: NDArray, b: NDArray) -> NDArray:
     """a.T (m, n) times b (n, k), summed over many rows, in the dtype of the sums."""
-    if a.itemsize > 2:
-        return a.T @ b
-    total = np.zeros((a.shape[1], b.shape[1]), np.float32)
-    for begin in range(0, len(a), _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        total += _wide(a[rows]).T @ _wide(b[rows])
+    with np.errstate(all="ignore"):  # as above
+        if a.itemsize > 2:
+            return a.T @ b
+        total = np.zeros((a.shape[1], b.shape[1]), np.float32)
+        for begin in range(0, len(a), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            total += _wide(a[rows]).T @ _wide(b[rows])
     return total
 
 

@@ -66,9 +66,14 @@ class Operands:
 
 def operand(declared: Array, array: NDArray, dtype: str) -> NDArray:
     """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
-    if declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) == dtype):
-        return np.ascontiguousarray(array, to_numpy(dtype))
-    return np.ascontiguousarray(array, to_numpy(state_dtype(dtype)))
+    own = declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) == dtype)
+    return contiguous(array, to_numpy(dtype if own else state_dtype(dtype)))
+
+
+def contiguous(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    """`array` itself if kernels can take it: in that dtype, C-contiguous and aligned; else a copy."""
+    array = np.ascontiguousarray(array, dtype)
+    return array if array.flags.aligned else array.copy()
 
 
 def _slots(array: NDArray | None, declared: Array) -> list[abi.Slot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import operator
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ from sru_rt.dtypes import IO_DTYPES, state_dtype, to_numpy
 from sru_rt.emit import emit, formula_lines
 from sru_rt.errors import StepError
 from sru_rt.graph import LEAVES, Node, evaluate, topological
-from test_graph import TREES, Plain, compute
+from test_graph import TREES, Plain, central_difference, compute
 from test_own_cells import EXAMPLES
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -320,6 +321,42 @@ def test_every_operation_compiled_and_on_numpy(dtype, monkeypatch):
         # Sums of steps of float32 (float64), and one rounding to the dtype on either side.
         bound = tolerance.SUM[state_dtype(dtype)] + 2 * tolerance.EPS[dtype]
         tolerance.check(name, results["compiled"][name], value, bound)
+
+
+def test_every_pair_of_operators(backend):
+    """Signs, brackets and fused products: each operator on all kinds of operands, one state for each."""
+    operators: list[Callable[..., Any]] = [operator.add, operator.sub, operator.mul, operator.truediv]
+    kinds: list[Callable[..., Any]] = [lambda a, b: a, lambda a, b: -a, *operators]
+    cases = list(itertools.product(operators, kinds, kinds))
+    names = [f"s{i}" for i in range(len(cases))]
+
+    def formulas(a: Any, b: Any, e: Any, g: Any) -> list[Any]:
+        return [outer(left(a, b), right(e, g)) for outer, left, right in cases]
+
+    def step(a, b, e, g, **state):
+        results = formulas(a, b, e, g)
+        return *results, -(results[0] * a) - e
+
+    cell = own_cell(step, gates="a b e g", state=" ".join(names))
+    rng = np.random.default_rng(0)
+    arrays = draw(cell, rng, 1, 1, 1, 11)
+    lowest = np.array([3.0, 1.0, 2.5, 0.5])[:, None]  # a - b and e - g are far from 0
+    arrays["gates"] = gates = (lowest + rng.uniform(0, 1, (4, 11))).reshape(1, 1, 1, 4, 11)
+    found = run(cell, arrays, "float64")
+    wanted = formulas(*gates[0, 0, 0])
+    for name, value in zip(names, wanted):
+        np.testing.assert_allclose(found[f"{name}0"][0, 0], value, rtol=1e-13, atol=1e-13)
+    a, _, e, _ = gates[0, 0, 0]
+    np.testing.assert_allclose(found["h"][0, 0, 0], -(wanted[0] * a) - e, rtol=1e-13, atol=1e-13)
+
+    def loss(*values: np.ndarray) -> np.ndarray:
+        results = formulas(*values)
+        total = arrays["dh"][0, 0, 0] * (-(results[0] * values[0]) - values[2])
+        return total + sum(arrays[f"d{name}0"][0, 0] * result for name, result in zip(names, results))
+
+    for i in range(4):
+        difference = central_difference(loss, list(gates[0, 0, 0]), i)
+        np.testing.assert_allclose(found["dgates"][0, 0, 0, i], difference, rtol=1e-9, atol=1e-9)
 
 
 _FORMATS = {

@@ -75,7 +75,7 @@ def test_what_is_kept_stays_within_the_limit(monkeypatch):
 
 def test_a_bad_limit_is_an_error(monkeypatch):
     monkeypatch.setenv("SRU_RT_POOL_MB", "many")
-    with pytest.raises(ArgumentError, match="SRU_RT_POOL_MB.*'many'"):
+    with pytest.raises(ArgumentError, match=r"SRU_RT_POOL_MB.*'many'"):
         empty()
 
 

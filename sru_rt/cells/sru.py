@@ -331,8 +331,12 @@ def sru_init(
             raise check.error(name, f"must be a positive integer (got {size!r})")
     check.choice("directions", int(directions) if directions in (1, 2) else directions, (1, 2))
     check.choice("project_skip", project_skip, ("auto", True, False))
-    check.number("highway_bias", highway_bias)
+    for name, flag in (("recurrent", recurrent), ("highway", highway), ("reset_gate", reset_gate)):
+        check.choice(name, flag, (True, False))
     kind = _init_dtype(check, dtype)
+    highway_bias = check.number("highway_bias", highway_bias)
+    if abs(highway_bias) > 100:  # exp of more than 700 is infinite
+        raise check.error("highway_bias", f"must be from -100 to 100 (got {highway_bias!r})")
     has_skip = highway and reset_gate
     projected = has_skip and (project_skip is True or (project_skip == "auto" and d_in != directions * d))
     if project_skip is True and not has_skip:
@@ -342,11 +346,17 @@ def sru_init(
             "project_skip",
             f"is False, but the skip adds x of size {d_in} to h of size {directions * d}; use 'auto', or highway=False",
         )
-    generator = np.random.default_rng(rng)
+    try:
+        generator = np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise check.error("rng", f"must be a numpy.random.Generator or a seed, an integer >= 0 (got {rng!r})") from None
 
     def uniform(shape: tuple[int, ...], variance: float) -> np.ndarray[Any, Any]:
         bound = np.sqrt(3 * variance)
-        return generator.uniform(-bound, bound, shape)
+        try:
+            return generator.uniform(-bound, bound, shape)
+        except ValueError:
+            raise check.error("d_in, d", f"ask for an array {shape}, which is larger than any memory") from None
 
     gated = 2 if reset_gate else 1
     k = 1 + gated + projected
@@ -369,7 +379,13 @@ def sru_init(
 
 
 def _init_dtype(check: Check, dtype: Any) -> np.dtype[Any]:
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if isinstance(dtype, str):
+        name = dtype
+    else:
+        try:
+            name = str(dtype) if dtype is None else np.dtype(dtype).name
+        except TypeError:
+            name = str(dtype)
     check.choice("dtype", name, IO_DTYPES)
     return to_numpy(name)
 
@@ -427,6 +443,8 @@ def _run(
 ) -> tuple[Any, ...]:
     """What the functions share once their own arguments are checked."""
     alpha = check.number("alpha", alpha)
+    if not options.dropout:
+        del values["dropout_mask"]
     if options.skip == "x":
         values["x"] = _skip(check, values["x"], dtype, "weight" if projection else "u")
     cell = sru_cell(options)
@@ -435,14 +453,13 @@ def _run(
 
 def _skip(check: Check, x: Any, dtype: str, gates: str) -> np.ndarray[Any, Any]:
     """x as the skip, (L, B, D, d): each direction has its own part."""
-    x = check.plain("x", x)
-    check.dtype("x", x, (dtype,))
-    L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
-    if x.shape != (L, B, D * d):
+    x = check.array("x", x, "L B d_in", (dtype,))
+    D, d = check["D"], check["d"]
+    if x.shape[2] != D * d:
         raise check.error(
             "x",
-            f"has shape {x.shape}, but the highway adds it to h of shape (L, B, D*d) = ({L}, {B}, {D * d}): give "
-            f"{gates} a fourth gate for a projected skip (sru_init does so), or pass highway=False",
+            f"has d_in = {x.shape[2]}, but the highway adds it to h of size D*d = {D}*{d} = {D * d}: give {gates} a "
+            "fourth gate for a projected skip (sru_init does so), or pass highway=False",
             ShapeError,
         )
-    return np.ascontiguousarray(x).reshape(L, B, D, d)
+    return np.ascontiguousarray(x).reshape(*x.shape[:2], D, d)

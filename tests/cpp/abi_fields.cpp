@@ -10,11 +10,9 @@ struct Fields {
   void add(const void *const *pointers, int n) {
     for (int i = 0; i < n; i++) add(pointers[i]);
   }
+  void add(const Slot &slot) { add(slot.data), add(slot.stride); }
   void add(const Slot *slots, int n) {
-    for (int i = 0; i < n; i++) {
-      add(slots[i].data);
-      add(slots[i].stride);
-    }
+    for (int i = 0; i < n; i++) add(slots[i]);
   }
 
   template <class Cell>
