@@ -39,7 +39,6 @@ ALPHA = math.sqrt(3)
 TOLERANCE = 2e-5  # of an array's largest magnitude: float32 rounding through 512 steps, against float64
 PAUSE = 0.1  # seconds of sleep before each block: by then the threads of the last block spin no more
 ROWS: list[Row] = []  # in a measuring process: what it measures
-
 # What the project aims at; a shape that is not named has no target.
 TARGETS = {
     "layer, forward": {MIDDLE: 1.10, LARGE: 1.10},

@@ -34,6 +34,7 @@ class Check:
         return kind(f"{self.function}: {name} {problem}")
 
     def choice(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+        value = bool(value) if isinstance(value, np.bool_) else value
         if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
             raise self.error(name, f"must be one of {', '.join(map(repr, choices))} (got {value!r})")
 

@@ -15,7 +15,7 @@ from .cell import Cell
 from .errors import CompileError, LibraryError
 
 # Below this many elements of h per task, waking a thread costs more than it saves.
-_ELEMENTS_PER_TASK = 1 << 15
+_ELEMENTS_PER_TASK = 1 << 17
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from sru_rt import abi, cache, compile_cpu, source
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
 from sru_rt.emit import emit
-from sru_rt.errors import ArgumentError, CompileError, SruRtError
+from sru_rt.errors import ArgumentError, CompileError
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 STRANGER = 54321  # a user who has no entry in the list of users
@@ -151,43 +151,49 @@ def wanted(dtype: str, **options: Any) -> list[np.ndarray]:
         return globals()["work"](dtype, **options)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    """The recording compiler and its memory."""
-    folder = tmp_path_factory.mktemp("recorder")
-    (folder / "memory").mkdir()
-    script(folder / "recorder", RECORDER)
-    return folder
-
-
 def script(path: Path, text: str) -> str:
     path.write_text(text)
     path.chmod(0o755)
     return str(path)
 
 
-@pytest.fixture
-def machine(shared, tmp_path) -> Machine:
+def new_machine(folder: Path, recorder: Path) -> Machine:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SRU_RT_") and k not in ("CXX", "XDG_CACHE_HOME")}
-    (tmp_path / "tmp").mkdir()
+    (folder / "tmp").mkdir()
     own = {
-        "SRU_RT_CACHE_DIR": str(tmp_path / "cache"),
-        "SRU_RT_CXX": str(shared / "recorder"),
+        "SRU_RT_CACHE_DIR": str(folder / "cache"),
+        "SRU_RT_CXX": str(recorder),
         "SRU_RT_CXXFLAGS": "-O0",
         "SRU_RT_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "CALLS": str(tmp_path / "calls"),
-        "MEMORY": str(shared / "memory"),
-        "TMPDIR": str(tmp_path / "tmp"),
+        "CALLS": str(folder / "calls"),
+        "MEMORY": str(recorder.parent),
+        "TMPDIR": str(folder / "tmp"),
     }
-    return Machine(tmp_path, kept | own)
+    return Machine(folder, kept | own)
+
+
+@pytest.fixture(scope="module")
+def first_machine(tmp_path_factory) -> Machine:
+    """A machine that has run work()."""
+    memory = tmp_path_factory.mktemp("memory")
+    script(memory / "recorder", RECORDER)
+    machine = new_machine(tmp_path_factory.mktemp("first"), memory / "recorder")
+    machine.run().is_silent()
+    assert machine.compilations == 1
+    return machine
 
 
 @pytest.fixture
-def filled(machine) -> Machine:
+def machine(first_machine, tmp_path) -> Machine:
+    """A machine with an empty cache."""
+    return new_machine(tmp_path, Path(first_machine.environment["SRU_RT_CXX"]))
+
+
+@pytest.fixture
+def filled(machine, first_machine) -> Machine:
     """A machine whose cache holds the one entry that work() needs."""
-    machine.run().is_silent()
-    assert machine.compilations == 1
+    shutil.copytree(first_machine.cache, machine.cache)
     return machine
 
 
@@ -206,11 +212,12 @@ def test_new_sizes_do_not_compile(machine):
     assert machine.compilations == 1
 
 
-def test_a_second_process_does_not_compile(filled):
-    done = filled.run()
-    done.is_right("float32")
-    done.is_silent()
-    assert filled.compilations == 1
+def test_a_second_process_does_not_compile(machine):
+    for _ in range(2):
+        done = machine.run()
+        done.is_right("float32")
+        done.is_silent()
+    assert machine.compilations == 1
 
 
 def test_the_pool_is_compiled_once_for_all_kernels(machine):
@@ -251,15 +258,15 @@ def test_threads_that_come_at_once_compile_once(machine):
 def test_what_the_key_depends_on(filled, changes):
     for _ in range(2):
         filled.run(**changes).is_silent()
-    assert filled.compilations == 2
+    assert filled.compilations == 1
 
 
 def test_the_key_depends_on_the_compilers_command(filled):
     other = shutil.copy(filled.environment["SRU_RT_CXX"], filled.folder / "other")
     filled.run(SRU_RT_CXX=str(other)).is_silent()
-    assert filled.compilations == 2
+    assert filled.compilations == 1
     filled.run(SRU_RT_CXX="", CXX=str(other)).is_silent()  # another variable, the same command
-    assert filled.compilations == 2
+    assert filled.compilations == 1
 
 
 @pytest.mark.parametrize("file", ["port.h", "cpu_sweep.h", "arguments.h"])
@@ -269,11 +276,11 @@ def test_the_key_depends_on_the_sources(filled, file):
     shutil.copytree(package, tree / "sru_rt", ignore=shutil.ignore_patterns("__pycache__", "cuda"))
     shutil.copytree(source.cuda_dir(), tree / "sru_rt" / "cuda")
     filled.run(PYTHONPATH=str(tree)).is_silent()
-    assert filled.compilations == 1, "a copy elsewhere is the same"
+    assert filled.compilations == 0, "a copy elsewhere is the same"
     with (tree / "sru_rt" / "cuda" / file).open("a") as text:
         text.write("\n// changed\n")
     filled.run(PYTHONPATH=str(tree)).is_silent()
-    assert filled.compilations == 2
+    assert filled.compilations == 1
 
 
 def test_debug_tells_what_is_compiled_and_what_is_cached(machine):
@@ -327,7 +334,7 @@ def test_a_damaged_entry_is_replaced(filled, damage):
     done = filled.run()
     done.is_right("float32")
     done.is_silent()
-    assert filled.compilations == 2
+    assert filled.compilations == 1
     assert filled.entries() == [entry] and is_whole(entry)
 
 
@@ -419,12 +426,11 @@ UNSAFE = {
 
 
 @needs_posix
-@pytest.mark.parametrize("backend", ["auto", "compiled"])
 @pytest.mark.parametrize("how", [pytest.param(k, marks=needs_root if k.endswith("'s") else ()) for k in UNSAFE])
-def test_code_of_others_is_never_loaded(robbed, how, backend):
+def test_code_of_others_is_never_loaded(robbed, how):
     (entry,) = robbed.entries()
     UNSAFE[how](robbed.cache, entry)
-    done = robbed.run(TWICE, SRU_RT_CPU=backend)
+    done = robbed.run(TWICE, SRU_RT_CPU="compiled")
     assert not (robbed.folder / "loaded").exists(), "the code was loaded"
     done.is_right("float32", "float64")
     text = done.the_warning()
@@ -463,7 +469,7 @@ def test_an_unusable_cache_is_no_obstacle(filled, how):
     done.is_right("float32", "float64")
     text = done.the_warning()
     assert str(filled.cache) in text and "SRU_RT_CACHE_DIR" in text
-    assert filled.compilations == 3
+    assert filled.compilations == 2
     assert not list((filled.folder / "tmp").iterdir()), "litter"
 
 
@@ -520,7 +526,9 @@ def test_a_user_without_a_home(strangers):
 def test_no_place_to_write_at_all(machine):
     done = machine.run("import tempfile; tempfile.tempdir = '/does/not/exist';" + TWICE, SRU_RT_CACHE_DIR="/dev/null/x")
     done.is_right("float32", "float64")
-    assert any("SRU_RT_CACHE_DIR" in text for _, text in done.said)
+    (first, cache_warning), (second, numpy_notice) = done.said
+    assert first == second == "RuntimeWarning"
+    assert "SRU_RT_CACHE_DIR" in cache_warning and "SRU_RT_CPU=numpy" in numpy_notice
     assert machine.compilations == 0
 
 
@@ -530,8 +538,9 @@ def test_a_full_disk(machine, room):
     """A limit of file sizes stands for the full disk."""
     done = machine.run(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}));" + ONCE)
     done.is_right("float32")
-    assert "SRU_RT_CPU=numpy" in done.the_warning()
+    assert "SRU_RT_CPU=numpy" in done.said[-1][1] and len(done.said) <= 2
     assert not machine.entries()
+    assert not list((machine.folder / "tmp").iterdir()), "litter"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,6 +588,10 @@ def test_compiled_kernels_can_be_insisted_on(bare):
 
 FAILING = {
     "cannot tell its version": ("#!/bin/sh\necho no version today >&2; exit 1", "no version today"),
+    "fails at length": (
+        "#!/bin/sh\necho version 1; case $* in *-o*) echo no luck today; yes and so on | head -n 5000; exit 3;; esac",
+        "no luck today",
+    ),
     "fails": ("#!/bin/sh\necho version 1; case $* in *-o*) echo no luck today >&2; exit 3;; esac", "no luck today"),
     "is killed": ("#!/bin/sh\necho version 1; case $* in *-o*) kill -9 $$;; esac", "status -9"),
     "makes nothing": ("#!/bin/sh\necho version 1", "version 1"),
@@ -648,12 +661,19 @@ def test_a_bad_setting_is_named(monkeypatch, variable, value):
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["'g++", " "])
-def test_a_command_that_cannot_be_read_is_named(monkeypatch, value):
+@pytest.mark.parametrize("variable", ["SRU_RT_CXX", "CXX"])
+def test_a_command_that_cannot_be_read_is_named(monkeypatch, variable):
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
-    monkeypatch.setenv("SRU_RT_CXX", value)
-    with pytest.raises(SruRtError, match="SRU_RT_CXX"):
+    monkeypatch.delenv("SRU_RT_CXX", raising=False)
+    monkeypatch.setenv(variable, "'g++")
+    with pytest.raises(ArgumentError, match=variable):
         compile_cpu.compiler()
+
+
+def test_blanks_are_no_command(monkeypatch):
+    monkeypatch.setenv("SRU_RT_CXX", " ")
+    monkeypatch.setenv("CXX", " ")
+    assert compile_cpu.compiler().command[0] in ("c++", "g++", "clang++")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -751,13 +771,13 @@ def test_sizes_are_compared_when_a_kernel_is_loaded(counts, monkeypatch):
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi")
 
 
-def warnings_of(unit: str, folder: Path) -> list[str]:
+def warnings_of(unit: str, folder: Path, *more: str) -> list[str]:
     """What the compiler says of a unit and what it includes, but for what it says of its own headers."""
     found = compile_cpu.compiler()
     flags = [flag for flag in found.flags if flag not in ("-w", "-shared")]
     path = folder / f"{hashlib.sha256(unit.encode()).hexdigest()}.cpp"
     path.write_text(unit)
-    command = [*found.command, *flags, *WARNINGS, f"-I{source.cuda_dir()}", f"-I{folder}"]
+    command = [*found.command, *flags, *WARNINGS, f"-I{source.cuda_dir()}", f"-I{folder}", *more]
     done = subprocess.run([*command, "-c", path, "-o", path.with_suffix(".o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours = (str(source.cuda_dir()), str(folder))
@@ -773,21 +793,34 @@ def test_named_cells_compile_without_warnings(command, tmp_path, monkeypatch):
     for cell in cells:
         (tmp_path / f"{cell.name}.h").write_text(emit(cell))
     included = "".join(f'#include "{cell.name}.h"\n' for cell in cells)
-    # The unit of one cell, and the sweeps of all of them.
-    units = [source.pool(), source.cpu_kernel('#include "sru.h"', "sru", "float32", "float32", 0)]
-    for dtype in ("float", "bfloat16"):
-        sweeps = "".join(f"template struct CpuSweep<{cell.name}, {dtype}, float, 0u>;\n" for cell in cells)
-        units.append(f'#include "cpu_sweep.h"\n{included}{sweeps}')
+
+    def sweeps(dtype: str) -> str:
+        lines = [f"template struct CpuSweep<{cell.name}, {dtype}, float, 0u>;\n" for cell in cells]
+        return f'#include "cpu_sweep.h"\n{included}{"".join(lines)}'
+
+    def unit(name: str, dtype: str) -> str:
+        return source.cpu_kernel(f'#include "{name}.h"', name, dtype, "float32", 0)
+
+    # Some whole units as they are compiled, and the sweeps of all cells as far as most warnings need.
+    jobs = [
+        (sweeps("float"), tmp_path, "-O1"),
+        (unit("sru", "float32"), tmp_path),
+        (unit("sru_v_per_step_dropout", "bfloat16"), tmp_path),
+        (sweeps("bfloat16"), tmp_path, "-fsyntax-only"),
+        (source.pool(), tmp_path),
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        said = list(itertools.chain(*workers.map(lambda unit: warnings_of(unit, tmp_path), units)))
+        said = list(itertools.chain(*workers.map(lambda job: warnings_of(*job), jobs)))
     assert not said
 
 
 def test_a_warning_would_be_seen(tmp_path):
     unit = '#include "cpu_sweep.h"\nstatic int nobody_calls_this(int a) { return a; }\n'
     assert "nobody_calls_this" in warnings_of(unit, tmp_path)[0]
-    (tmp_path / "with_warning.h").write_text("inline int nobody_calls_this(int a) { int b; return a; }\n")
-    assert "unused variable" in warnings_of('#include "with_warning.h"\n', tmp_path)[0]
+    text = "template <class T> struct Sweep { static int run(T a) { int b; return int(a); } };\n"
+    (tmp_path / "with_warning.h").write_text(text)
+    unit = '#include "with_warning.h"\ntemplate struct Sweep<float>;\n'
+    assert "unused variable" in warnings_of(unit, tmp_path, "-fsyntax-only")[0]
 
 
 def features() -> set[str]:
@@ -805,7 +838,7 @@ ARCHITECTURES = {"x86-64": {"sse2"}, "haswell": {"avx2", "fma", "bmi2"}, "native
 def test_every_vector_width_computes_the_same(machine, architecture):
     if not ARCHITECTURES[architecture] <= features():
         pytest.skip(f"this processor is no {architecture}")
-    flags = f"-O2 -march={architecture}"
+    flags = f"-O1 -march={architecture}"
     code = "[results.append(work(t, L=20, d=70, activation='tanh')) for t in ('float32', 'float64', 'float16')]"
     done = machine.run(code, SRU_RT_CXXFLAGS=flags, SRU_RT_CPU="compiled")
     assert f" {flags} " in (machine.folder / "calls").read_text()

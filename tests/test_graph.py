@@ -597,10 +597,6 @@ def unequal(a, b, p, c):
     return where(a != b, b, c), c  # refused
 
 
-def equal_numpy(a, b, p, c):
-    return (b if np.float64(0) == a else c), c  # refused
-
-
 def math_exp(a, b, p, c):
     return math.exp(a), c  # refused
 
@@ -619,6 +615,10 @@ def numpy_maximum(a, b, p, c):
 
 def numpy_where(a, b, p, c):
     return np.where(a > 0, a, c), c  # refused
+
+
+def numpy_clip(a, b, p, c):
+    return np.clip(a, 0, 1), c  # refused
 
 
 def numpy_array(a, b, p, c):
@@ -731,12 +731,12 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (built_in_max, BRANCH + r".*sru_rt\.maximum"),
     (equal, r"< <= > >=.*where"),
     (unequal, r"< <= > >=.*where"),
-    (equal_numpy, r"numpy\.equal|< <= > >="),
     (math_exp, NUMBER),
     (to_float, NUMBER),
     (numpy_exp, r"numpy.*functions of sru_rt"),
     (numpy_maximum, r"numpy.*functions of sru_rt"),
     (numpy_where, BRANCH),
+    (numpy_clip, BRANCH),
     (numpy_array, r"numbers, not on array"),
     (array_on_the_left, r"numbers, not on array"),
     (text, r"numbers, not on '1'"),

@@ -113,7 +113,7 @@ def test_function_is_accurate(port, name, dtype):
     x, wanted = samples(name, dtype), exact(name, dtype)
     got = call(port, f"{name}_{dtype}", x)
     assert np.isfinite(got).all()
-    if name == "sigmoid":  # its results end at the smallest normal number, see the test of its tails
+    if name == "sigmoid":  # its left tail ends where results are no normal numbers
         assert np.abs(got - wanted).max() < {"float32": 1.25e-7, "float64": 2.5e-16}[dtype]
         normal = x > {"float32": -87, "float64": -708}[dtype]
         x, wanted, got = x[normal], wanted[normal], got[normal]
@@ -161,7 +161,8 @@ def test_special_values(port, dtype):
     for name, cases in table.items():
         x, wanted = np.array(cases, dtype).T
         got = call(port, f"{name}_{dtype}", x)
-        np.testing.assert_allclose(got, wanted, rtol=2 * np.finfo(dtype).eps if name == "softplus" else 0)
+        inexact = name in ("sigmoid", "softplus")
+        np.testing.assert_allclose(got, wanted, rtol=2 * np.finfo(dtype).eps if inexact else 0)
         assert (np.signbit(got) == np.signbit(wanted))[~np.isnan(wanted)].all(), name
     for name in ("tanh", "relu"):  # the sign of the zero is not promised
         assert call(port, f"{name}_{dtype}", np.array([-0.0], dtype)) == 0
@@ -194,7 +195,7 @@ def test_saturation_is_monotone_and_within_range(port, dtype):
     tanh, sigmoid, softplus, exp = (results[name] for name in ("tanh", "sigmoid", "softplus", "exp"))
     assert (np.abs(tanh) <= 1).all() and (tanh[full] == 1).all() and (tanh == -tanh[::-1]).all()
     assert (sigmoid >= 0).all() and (sigmoid <= 1).all() and (sigmoid[full] == 1).all()
-    # Its left tail ends at the smallest normal number instead of 0.
+    # Its left tail ends in 0 or in the smallest normal number.
     assert (sigmoid[x < -800] <= 1.04 * np.finfo(dtype).tiny).all()
     assert (softplus >= np.maximum(x, 0)).all() and (softplus[full] == x[full]).all()
     assert (exp[x < EXP_ZERO[dtype]] == 0).all() and np.isinf(exp[x > EXP_INFINITY[dtype]]).all()

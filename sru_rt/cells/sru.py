@@ -379,13 +379,10 @@ def sru_init(
 
 
 def _init_dtype(check: Check, dtype: Any) -> np.dtype[Any]:
-    if isinstance(dtype, str):
-        name = dtype
-    else:
-        try:
-            name = str(dtype) if dtype is None else np.dtype(dtype).name
-        except TypeError:
-            name = str(dtype)
+    try:
+        name = str(dtype) if dtype is None else np.dtype(dtype).name
+    except TypeError:  # bfloat16 is unknown to NumPy by name
+        name = str(dtype)
     check.choice("dtype", name, IO_DTYPES)
     return to_numpy(name)
 

@@ -49,10 +49,10 @@ static index_t list_fields(const void *arguments, index_t *out, index_t *size) {
   return fields.out - out;
 }
 
-#define SRU_FIELDS(Cell)                                                                    \
-  SRU_EXPORT index_t forward_##Cell(const void *arguments, index_t *out, index_t *size) {   \
-    return list_fields<ForwardArguments<Cell>>(arguments, out, size);                       \
-  }                                                                                         \
-  SRU_EXPORT index_t backward_##Cell(const void *arguments, index_t *out, index_t *size) {  \
-    return list_fields<BackwardArguments<Cell>>(arguments, out, size);                      \
+#define SRU_FIELDS(Cell)                                                                   \
+  SRU_EXPORT index_t forward_##Cell(const void *arguments, index_t *out, index_t *size) {  \
+    return list_fields<ForwardArguments<Cell>>(arguments, out, size);                      \
+  }                                                                                        \
+  SRU_EXPORT index_t backward_##Cell(const void *arguments, index_t *out, index_t *size) { \
+    return list_fields<BackwardArguments<Cell>>(arguments, out, size);                     \
   }
