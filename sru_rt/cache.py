@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
-from functools import cache
 from pathlib import Path
 
 from . import settings
@@ -21,17 +19,12 @@ _DIGEST_BYTES = 32
 
 def folder() -> Path:
     """The cache folder, made if missing. Raises CacheError if it cannot be made or others can write to it."""
-    return _checked(settings.cache_dir())
-
-
-@cache
-def private_folder() -> Path:
-    """A fresh folder for this process alone, for when there is no usable cache folder."""
-    return Path(tempfile.mkdtemp(prefix="sru_rt-"))
-
-
-@cache
-def _checked(path: Path) -> Path:
+    try:
+        path = settings.cache_dir()
+    except RuntimeError as error:  # of pathlib
+        raise CacheError(
+            f"sru_rt: there is no folder for the cache ({error}); set SRU_RT_CACHE_DIR to a folder of yours"
+        ) from None
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = path.resolve()
@@ -65,9 +58,9 @@ def _require_own(path: Path, state: os.stat_result) -> None:
 
 
 def find(path: Path) -> bool:
-    """Whether a whole, trusted entry stands at `path`; a damaged one is removed.
+    """Whether a whole, trusted entry stands at `path`. Raises CacheError for one that others could have written.
 
-    Raises CacheError for one that others could have written.
+    A damaged one stays until it is replaced: another process may just have done so.
     """
     try:
         with path.open("rb") as file:
@@ -75,10 +68,11 @@ def find(path: Path) -> bool:
             content = file.read()
     except FileNotFoundError:
         return False
-    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
-        return True
-    path.unlink(missing_ok=True)
-    return False
+    except OSError as error:
+        raise CacheError(
+            f"sru_rt: {path} cannot be read ({error.strerror}); remove it, or set SRU_RT_CACHE_DIR to another folder"
+        ) from None
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
 def publish(made: Path, path: Path) -> None:

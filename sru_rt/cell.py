@@ -7,7 +7,7 @@ import keyword
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from . import graph
@@ -15,6 +15,14 @@ from .errors import StepError
 from .graph import Graph, Node
 
 KINDS = ("gates", "inputs", "per_sequence", "params", "state", "constants")
+
+# Inputs of gradient graphs that hold adjoints. No identifiers, so that no declared value can have such a name.
+ADJOINT_OF_H = "d:h"
+
+
+def adjoint_of(state: str) -> str:
+    """The name of the adjoint of the new value of `state`."""
+    return f"d:{state}_next"
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Array:
     members: tuple[str, ...]
     stacked: bool = False
 
-    @cached_property
+    @property
     def axes(self) -> str:
         members = f"{len(self.members)} " if self.stacked or self.kind in ("gates", "params") else ""
         return {
@@ -56,38 +64,46 @@ class Cell:
 
     def __post_init__(self) -> None:
         names = self.names
+        for array in self.arrays:
+            if array.kind not in KINDS[:-1]:
+                raise StepError(
+                    f"{self._where}: {array.name!r} is of kind {array.kind!r}; kinds are {', '.join(KINDS[:-1])}"
+                )
+        if not self.name.isidentifier():
+            raise StepError(f"{self._where}: {self.name!r} cannot be the name of a cell; it must be an identifier")
         for name in names:
             if not name.isidentifier() or keyword.iskeyword(name):
-                raise StepError(f"{self._where}: {name!r} cannot be the name of a value in a step function")
+                raise StepError(
+                    f"{self._where}: {name!r} cannot be the name of a value in a step function; it must be an "
+                    "identifier"
+                )
         for name in names:
             if names.count(name) > 1:
-                raise StepError(f"{self._where}: {name!r} is declared twice")
+                raise StepError(f"{self._where}: {name!r} is declared twice; give each value a name of its own")
         if not self.gates or not self.state:
             raise StepError(f"{self._where}: a cell needs at least one gate and one state")
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The values of one kind, in the order in which kernels take them."""
-        if kind == "constants":
-            return self.constants
-        return tuple(member for array in self.arrays if array.kind == kind for member in array.members)
+        return _values_of_kind(self, kind)
 
-    @cached_property
+    @property
     def gates(self) -> tuple[str, ...]:
         return self.of_kind("gates")
 
-    @cached_property
+    @property
     def inputs(self) -> tuple[str, ...]:
         return self.of_kind("inputs")
 
-    @cached_property
+    @property
     def per_sequence(self) -> tuple[str, ...]:
         return self.of_kind("per_sequence")
 
-    @cached_property
+    @property
     def params(self) -> tuple[str, ...]:
         return self.of_kind("params")
 
-    @cached_property
+    @property
     def state(self) -> tuple[str, ...]:
         return self.of_kind("state")
 
@@ -96,16 +112,15 @@ class Cell:
         """All names that the step function takes, in their order."""
         return tuple(name for kind in KINDS for name in self.of_kind(kind))
 
-    @cached_property
+    @property
     def formula(self) -> Formula:
         """The traced step and its derivative."""
         return _trace(self)
 
-    @cached_property
+    @property
     def affine(self) -> bool:
         """Whether every new state is affine in the states, so that steps can be composed and run in parallel."""
-        states = [self.formula.leaves[name] for name in self.state]
-        return all(graph.degree(new, states) <= 1 for new in self.formula.new_state)
+        return _is_affine(self)
 
     @property
     def _where(self) -> str:
@@ -118,7 +133,7 @@ class Formula:
     """A traced step: nodes by role, and the names that the step function gave to intermediate values.
 
     `gradient` maps the name of each value that has one (all but constants) to its derivative, in terms of the
-    step's own values, the adjoint ``d<state>_next`` of each new state and the adjoint ``dh`` of the output.
+    step's own values, and of inputs named by `adjoint_of` for each new state and by `ADJOINT_OF_H` for the output.
     """
 
     leaves: dict[str, Node]
@@ -129,6 +144,23 @@ class Formula:
     gradient_names: dict[Node, str] = field(default_factory=dict)
 
 
+# Kept by functools.cache, which holds no lock while it computes: a process may fork at any time.
+
+
+@cache
+def _values_of_kind(cell: Cell, kind: str) -> tuple[str, ...]:
+    if kind == "constants":
+        return cell.constants
+    return tuple(member for array in cell.arrays if array.kind == kind for member in array.members)
+
+
+@cache
+def _is_affine(cell: Cell) -> bool:
+    states = [cell.formula.leaves[name] for name in cell.state]
+    return all(graph.degree(new, states) <= 1 for new in cell.formula.new_state)
+
+
+@cache
 def _trace(cell: Cell) -> Formula:
     table = Graph()
     leaves = {name: table.input(name) for name in cell.names}
@@ -137,7 +169,7 @@ def _trace(cell: Cell) -> Formula:
         got = f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
         needed = ", ".join(cell.state)
         raise StepError(f"{cell._where}: the step function returns {got}; it must return ({needed}, h)")
-    outputs = [graph.as_node(table, value) for value in result]
+    outputs = [graph.as_node(table, value, cell._where) for value in result]
     if any(node.is_condition for node in outputs):
         raise StepError(f"{cell._where}: the step function returns a comparison; use sru_rt.where to make it a number")
     names: dict[Node, str] = {}
@@ -145,7 +177,7 @@ def _trace(cell: Cell) -> Formula:
         if isinstance(value, Node) and value.op not in graph.LEAVES:
             names.setdefault(value, name)
 
-    seeds = [table.input(f"d{name}_next") for name in cell.state] + [table.input("dh")]
+    seeds = [table.input(adjoint_of(name)) for name in cell.state] + [table.input(ADJOINT_OF_H)]
     wanted = [name for kind in KINDS[:-1] for name in cell.of_kind(kind)]
     gradient, adjoint = graph.differentiate(outputs, seeds, [leaves[name] for name in wanted])
     gradient_names = dict(names)

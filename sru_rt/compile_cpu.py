@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,14 +16,14 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import abi, cache, settings, source
 from .cell import Cell
-from .emit import emit
-from .errors import CacheError, CompileError
+from .emit import emit, struct_name
+from .errors import ArgumentError, CacheError, CompileError
 
 log = logging.getLogger("sru_rt")
 
@@ -77,7 +78,10 @@ def compiler() -> Compiler:
 
 @functools.lru_cache(maxsize=8)
 def _compiler(given: str | None, extra: tuple[str, ...], path: str) -> Compiler:
-    command = tuple(shlex.split(given)) if given else _first_on_path()
+    try:
+        command = tuple(shlex.split(given)) if given else _first_on_path()
+    except ValueError as error:
+        raise ArgumentError(f"SRU_RT_CXX (or CXX) is no command: {error} (got {given!r})") from None
     if shutil.which(command[0]) is None:
         raise CompileError(
             f"sru_rt: the C++ compiler {command[0]!r} (from SRU_RT_CXX or CXX) was not found; unset the variable, "
@@ -133,8 +137,8 @@ def _machine() -> str:
     return "\n".join([sys.platform, platform.machine(), *kept])
 
 
-def load(unit: str) -> ctypes.CDLL:
-    """The shared object compiled from `unit`, from the cache if it is there.
+def load(unit: str, *entries: str) -> ctypes.CDLL:
+    """The shared object compiled from `unit`, from the cache if it is there. It has the functions `entries`.
 
     Raises CompileError with the compiler's output if it fails.
     """
@@ -143,19 +147,79 @@ def load(unit: str) -> ctypes.CDLL:
         key = hashlib.sha256(
             "\0".join([unit, source.digest(), *found.command, found.version, *found.flags, _machine()]).encode()
         )
-        path = _cache_folder() / f"{key.hexdigest()[:40]}.so"
-        if cache.find(path):
-            _debug("cache hit %s", path)
-        else:
-            _compile(found, unit, path)
         try:
-            return ctypes.CDLL(str(path))
-        except OSError as error:
-            raise CompileError(
-                f"sru_rt: {path} was compiled but cannot be loaded: {error}. If the cache folder is mounted "
-                "noexec, set "
-                "SRU_RT_CACHE_DIR to another one"
-            ) from None
+            path = cache.folder() / f"{key.hexdigest()[:40]}.so"
+            if cache.find(path):
+                _debug("cache hit %s", path)
+                return _open(path, entries)
+            return _compile_into_cache(found, unit, path, entries)
+        except CacheError as error:
+            _notice(f"{error}. Meanwhile kernels are compiled anew in each process")
+        return _compile_for_this_process(found, unit, entries)
+
+
+def _compile_into_cache(compiler: Compiler, unit: str, path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
+    try:
+        with _build_folder(path.parent) as build:
+            cache.publish(_compile(compiler, unit, build), path)
+    except OSError as error:
+        raise CacheError(
+            f"sru_rt: the cache folder {path.parent} cannot be written ({error}); set SRU_RT_CACHE_DIR to another one"
+        ) from None
+    return _open(path, entries)
+
+
+def _compile_for_this_process(compiler: Compiler, unit: str, entries: tuple[str, ...]) -> ctypes.CDLL:
+    try:
+        with _build_folder(None) as build:
+            return _open(_compile(compiler, unit, build), entries)
+    except OSError as error:
+        raise CompileError(
+            f"sru_rt: nothing can be compiled, as there is no folder to write to ({error}); set TMPDIR to one, or "
+            "SRU_RT_CPU=numpy to do without"
+        ) from None
+
+
+@contextlib.contextmanager
+def _build_folder(parent: Path | None) -> Iterator[Path]:
+    """A folder that is gone in the end. Not a TemporaryDirectory, which a process forked meanwhile would remove."""
+    folder = tempfile.mkdtemp(prefix=".build-" if parent else "sru_rt-", dir=parent)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compile(compiler: Compiler, unit: str, folder: Path) -> Path:
+    """Compiles `unit` in `folder`; returns the shared object."""
+    began = time.perf_counter()
+    text, made = folder / "unit.cpp", folder / "unit.so"
+    text.write_text(unit, encoding="utf-8")
+    command = [*compiler.command, *compiler.flags, f"-I{source.cuda_dir()}", str(text), "-o", str(made)]
+    code, output = _run(command)
+    if code != 0 or not made.is_file():
+        raise CompileError(
+            f"sru_rt: the C++ compiler failed with status {code}.\ncommand: {shlex.join(command)}\n"
+            f"output:\n{output[:4000] or '(none)'}\n"
+            "Name another compiler in SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
+        )
+    _debug("compiled %s in %.2f s: %s", made, time.perf_counter() - began, shlex.join(command))
+    return made
+
+
+def _open(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        for entry in entries:
+            getattr(library, entry)
+        return library
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # what a broken compiler made is not to be found again
+        raise CompileError(
+            f"sru_rt: {path} was compiled but cannot be loaded: {error}. If its folder is mounted noexec, set "
+            "SRU_RT_CACHE_DIR (TMPDIR if that cannot be used) to another one; if not, name another compiler in "
+            "SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
+        ) from None
 
 
 def _debug(message: str, *values: object) -> None:
@@ -166,41 +230,17 @@ def _debug(message: str, *values: object) -> None:
     log.debug(message, *values)
 
 
-def _cache_folder() -> Path:
-    try:
-        return cache.folder()
-    except CacheError as error:
-        _notice(f"{error}. Meanwhile kernels are compiled anew in each process")
-        return cache.private_folder()
-
-
 @functools.cache
 def _notice(text: str) -> None:
     """Warns once per process."""
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
-def _compile(compiler: Compiler, unit: str, path: Path) -> None:
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as build:
-        text, made = Path(build, "unit.cpp"), Path(build, "unit.so")
-        text.write_text(unit)
-        command = [*compiler.command, *compiler.flags, f"-I{source.cuda_dir()}", str(text), "-o", str(made)]
-        code, output = _run(command)
-        if code != 0 or not made.is_file():
-            raise CompileError(
-                f"sru_rt: the C++ compiler failed with status {code}.\ncommand: {shlex.join(command)}\n"
-                f"output:\n{output[-4000:] or '(none)'}\n"
-                "Name another compiler in SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
-            )
-        cache.publish(made, path)
-    _debug("compiled %s in %.2f s: %s", path, time.perf_counter() - began, shlex.join(command))
-
-
 @functools.cache
 def kernel(cell: Cell, dtype: str, saved_dtype: str, wide: int) -> Kernel:
     """The kernels of `cell` for arrays of `dtype`; bit i of `wide` says that input i has the state's dtype."""
-    library = load(source.cpu_kernel(emit(cell), cell.name, dtype, saved_dtype, wide))
+    unit = source.cpu_kernel(emit(cell), struct_name(cell), dtype, saved_dtype, wide)
+    library = load(unit, "forward", "backward", "forward_size", "backward_size")
     for name in ("forward", "backward"):
         size = getattr(library, f"{name}_size")
         size.restype = ctypes.c_longlong
@@ -218,4 +258,4 @@ def kernel(cell: Cell, dtype: str, saved_dtype: str, wide: int) -> Kernel:
 @functools.cache
 def pool() -> int:
     """Address of the thread pool's `parallel_for`."""
-    return ctypes.cast(load(source.pool()).parallel_for, ctypes.c_void_p).value or 0
+    return ctypes.cast(load(source.pool(), "parallel_for").parallel_for, ctypes.c_void_p).value or 0

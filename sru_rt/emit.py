@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import isfinite
 
-from .cell import KINDS, Cell
+from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
 from .errors import StepError
 from .graph import COMPARISONS, FUNCTIONS, LEAVES, Node, topological
 
@@ -24,7 +24,7 @@ _CPP_WORDS = (
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
         "virtual void volatile wchar_t while xor xor_eq real step gradient fma minimum maximum where new_state "
-        "new_h".split()
+        "new_h NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -59,12 +59,14 @@ class _Block:
         own_line = node in self.wanted or (self.uses[node] > 1 and not node.is_condition)
         if node.op not in LEAVES and own_line:
             name = self._name(node)
-            self.lines.append(f"const real {name} = {expression[0]};" if self.cpp else f"{name} = {expression[0]}")
+            kind = "auto" if node.is_condition else "real"
+            self.lines.append(f"const {kind} {name} = {expression[0]};" if self.cpp else f"{name} = {expression[0]}")
             expression = (name, _ATOM)
         self.text[node] = expression
 
     def _name(self, node: Node) -> str:
         base = self.wanted.get(node, "t")
+        base = _ascii(base) if self.cpp else base
         name, n = (base, 1) if node in self.wanted else ("t1", 1)
         while name in self.taken:
             n += 1
@@ -138,7 +140,7 @@ def emit(cell: Cell) -> str:
         *(f"//   {line}" for line in formula_lines(cell)),
         "#pragma once",
         "",
-        f"struct {cell.name} {{",
+        f"struct {struct_name(cell)} {{",
         f"  static constexpr int {counts};",
         f"  static constexpr bool affine = {'true' if cell.affine else 'false'};",
         "",
@@ -150,10 +152,27 @@ def emit(cell: Cell) -> str:
     return "\n".join(lines) + "\n"
 
 
+def struct_name(cell: Cell) -> str:
+    """A name that no keyword of C++ and nothing in the headers has."""
+    return f"{_ascii(cell.name)}_cell"
+
+
+def _ascii(name: str) -> str:
+    """`name` with letters beyond ASCII spelled out, as not every compiler takes them."""
+    return "".join(c if c.isascii() else f"u{ord(c):04x}" for c in name)
+
+
 def _cpp_leaf_names(cell: Cell) -> dict[str, str]:
-    names = {name: f"{name}_prev" if name in cell.state else name for name in cell.names}
-    names |= {f"d{name}_next": f"d{name}_next" for name in cell.state} | {"dh": "dh"}
-    return {name: f"{text}_" if text in _CPP_WORDS else text for name, text in names.items()}
+    """The names of all inputs in C++. Those that can stay as they are come first."""
+    wanted = {name: _ascii(name) for name in cell.names if name not in cell.state}
+    wanted |= {name: f"{_ascii(name)}_prev" for name in cell.state}
+    wanted |= {adjoint_of(name): f"d{_ascii(name)}_next" for name in cell.state} | {ADJOINT_OF_H: "dh"}
+    names: dict[str, str] = {}
+    for name, text in sorted(wanted.items(), key=lambda item: item[1] in _CPP_WORDS):
+        while text in _CPP_WORDS or text in names.values():
+            text += "_"
+        names[name] = text
+    return names
 
 
 def _unpack(cell: Cell, names: Mapping[str, str], order: Iterable[Node]) -> list[str]:
@@ -186,8 +205,8 @@ def _gradient_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
     block = _Block(list(f.gradient.values()), f.gradient_names, names, cpp=True)
     used = {node.args[0] for node in block.order if node.op == "input"}
-    adjoints = [f"d{n}_next = dnew_state[{i}]" for i, n in enumerate(cell.state) if f"d{n}_next" in used]
-    adjoints += ["dh = *dnew_h"] if "dh" in used else []
+    states = [(adjoint_of(n), f"dnew_state[{i}]") for i, n in enumerate(cell.state)]
+    adjoints = [f"{names[n]} = {text}" for n, text in [*states, (ADJOINT_OF_H, "*dnew_h")] if n in used]
     results = [
         f"    d{array}[{i}] = {block[f.gradient[name]]};"
         for kind, array in _ARRAYS.items()

@@ -8,6 +8,7 @@ so an option that is switched off leaves no trace.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Graph:
         self._nodes: dict[tuple[Any, ...], Node] = {}
 
     def node(self, op: str, *args: Node | float | str) -> Node:
+        if any(isinstance(a, Node) and a.is_condition for a in (args[1:] if op == "where" else args)):
+            raise StepError(
+                f"{_caller()}: the outcome of a comparison is used as a number; use sru_rt.where(condition, 1.0, 0.0)"
+            )
         key = (op, *(id(a) if isinstance(a, Node) else a for a in args))
         if op == "constant" and args[0] == 0:
             key = (op, math.copysign(1.0, float(args[0])), 0.0)  # 0.0 == -0.0, yet they are two constants
@@ -39,6 +44,12 @@ class Graph:
         return self.node("input", name)
 
     def constant(self, value: float) -> Node:
+        if not math.isfinite(value):
+            raise StepError(
+                f"{_caller()}: the constant {value} in a step function; constants must be finite: use a large "
+                "number, or "
+                "sru_rt.where, sru_rt.minimum or sru_rt.maximum"
+            )
         return self.node("constant", float(value))
 
 
@@ -46,7 +57,6 @@ class Node:
     """One value in a step function. Supports ``+ - * /``, ``**`` with a small integer, and comparisons."""
 
     __slots__ = ("args", "graph", "op")
-    __array_ufunc__ = None  # NumPy scalars on the left leave the operation to us
 
     def __init__(self, graph: Graph, op: str, args: tuple[Any, ...]) -> None:
         self.graph, self.op, self.args = graph, op, args
@@ -104,6 +114,22 @@ class Node:
     def __ge__(self, other: Value) -> Node:
         return self.graph.node(">=", self, self._with(other))
 
+    def __eq__(self, other: object) -> bool:
+        raise StepError(
+            f"{_caller()}: a step function compares by < <= > >= alone, inside sru_rt.where(condition, a, b)"
+        )
+
+    __hash__ = object.__hash__  # a node is found by identity
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **_: Any) -> Node:
+        """An operator with a NumPy scalar on its left, or a function of NumPy, which cannot be traced."""
+        if method != "__call__" or ufunc.__name__ not in _UFUNCS:
+            raise StepError(
+                f"{_caller()}: numpy.{ufunc.__name__} cannot be traced; use the functions of sru_rt (sigmoid, "
+                "tanh, exp, ...)"
+            )
+        return _UFUNCS[ufunc.__name__](*(as_node(self.graph, value) for value in inputs))
+
     def __bool__(self) -> bool:
         raise StepError(
             f"{_caller()}: a step function cannot branch on a value (`if`, `and`, `or`, `not`, min, max), since it "
@@ -138,23 +164,45 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
     ">": np.greater,
     ">=": np.greater_equal,
 }
+_UFUNCS: dict[str, Callable[..., Node]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "less": operator.lt,
+    "less_equal": operator.le,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+}
 
 
 def _caller() -> str:
-    """File and line of the code outside this module that is being traced."""
+    """File and line of the code being traced: neither in this module nor in NumPy."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in (__file__, "<__array_function__ internals>")
+        or frame.f_globals.get("__name__", "").startswith("numpy.")
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def as_node(graph: Graph, value: Any) -> Node:
+def as_node(graph: Graph, value: Any, at: str | None = None) -> Node:
+    """`value` as a node; `at` is the file and line to name in errors where it is not the line being run."""
     if isinstance(value, Node):
         if value.graph is not graph:
-            raise StepError(f"{_caller()}: a value of one step function is used in another")
+            raise StepError(
+                f"{at or _caller()}: a value of one step function is used in another; pass it as an argument instead"
+            )
         return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:  # what functions of NumPy make of a number
+        value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise StepError(f"{_caller()}: a step function works on its arguments and on numbers, not on {value!r}")
+        raise StepError(
+            f"{at or _caller()}: a step function works on its arguments and on numbers, not on {value!r}; declare "
+            "arrays "
+            "as inputs, per_sequence or params of the cell"
+        )
     return graph.constant(float(value))
 
 
@@ -225,7 +273,7 @@ def _neg(a: Node) -> Node:
     if a.op == "neg":
         return a.args[0]
     if a.op == "-":
-        return a.graph.node("-", a.args[1], a.args[0])
+        return _sub(a.args[1], a.args[0])
     return a.graph.node("neg", a)
 
 
@@ -263,10 +311,9 @@ FUNCTIONS: dict[str, Function] = {
 
 def _call(name: str, a: Any) -> Any:
     if isinstance(a, Node):
-        if a.is_condition:
-            raise StepError(f"{_caller()}: {name} takes a number, not the outcome of a comparison")
         if a.op == "constant":
-            return a.graph.constant(float(FUNCTIONS[name].numpy(np.float64(a.args[0]))))
+            with np.errstate(all="ignore"):  # what is not finite is refused as a constant
+                return a.graph.constant(float(FUNCTIONS[name].numpy(np.float64(a.args[0]))))
         return a.graph.node(name, a)
     return FUNCTIONS[name].numpy(np.asarray(a) if not isinstance(a, (float, int)) else np.float64(a))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import abi
-from .cell import Cell
+from .cell import ADJOINT_OF_H, Cell, adjoint_of
 from .dtypes import state_dtype, to_numpy
 from .graph import evaluate, topological
 
@@ -163,8 +163,8 @@ def backward(cell: Cell, dtype: str, saved_dtype: str, wide: int, f: abi.Backwar
     with np.errstate(all="ignore"):
         for at in sweep.places(backward=True):
             values = sweep.values(at, states.before(at))
-            values |= {f"d{n}_next": d[at.q] for n, d in zip(cell.state, dstate)}
-            values["dh"] = dh[at.t, :, at.q].astype(sweep.acc)
+            values |= {adjoint_of(n): d[at.q] for n, d in zip(cell.state, dstate)}
+            values[ADJOINT_OF_H] = dh[at.t, :, at.q].astype(sweep.acc)
             result = evaluate(order, values, sweep.acc)
             zero = sweep.acc.type(0)
             gradient = {n: np.where(at.padded, zero, result[node]) for n, node in formula.gradient.items()}

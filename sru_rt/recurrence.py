@@ -45,8 +45,8 @@ class Operands:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """L, B, D, d."""
-        u = self.arrays[self.cell.arrays[0].name]
-        L, B, D, _, d = u.shape
+        u = next(a.name for a in self.cell.arrays if a.kind == "gates")
+        L, B, D, _, d = self.arrays[u].shape
         return L, B, D, d
 
     @property

@@ -36,7 +36,7 @@ def cpu_backend() -> str:
 
 def cxx() -> str | None:
     """SRU_RT_CXX, else CXX: the C++ compiler's command. Default: the first of c++, g++, clang++ on the PATH."""
-    return os.environ.get("SRU_RT_CXX") or os.environ.get("CXX") or None
+    return os.environ.get("SRU_RT_CXX", "").strip() or os.environ.get("CXX", "").strip() or None
 
 
 def cxx_flags() -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def num_threads() -> int:
     for name in ("SRU_RT_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").split(",")[0].strip()
         if value:
-            if not value.isdigit() or int(value) < 1:
+            if not value.isdecimal() or int(value) < 1:
                 raise ArgumentError(f"{name} must be a positive number (got {value!r}); unset it for the default")
             return int(value)
     if hasattr(os, "sched_getaffinity"):
@@ -60,7 +60,7 @@ def num_threads() -> int:
 def pool_bytes() -> int:
     """SRU_RT_POOL_MB: how much freed memory is kept for the next arrays, in MiB (default 512); 0 keeps none."""
     value = os.environ.get("SRU_RT_POOL_MB", "")
-    if value and not value.isdigit():
+    if value and not value.isdecimal():
         raise ArgumentError(f"SRU_RT_POOL_MB must be a number of MiB (got {value!r}); unset it for the default")
     return int(value or 512) << 20
 

@@ -34,11 +34,11 @@ def digest() -> str:
     return state.hexdigest()
 
 
-def cpu_kernel(cell_text: str, cell_name: str, dtype: str, saved_dtype: str, wide: int) -> str:
+def cpu_kernel(cell_text: str, struct_name: str, dtype: str, saved_dtype: str, wide: int) -> str:
     """The compile unit of one cell for given types; see SRU_CPU_KERNEL in cpu_sweep.h."""
     return (
         f'#include "cpu_sweep.h"\n{cell_text}\n'
-        f"SRU_CPU_KERNEL({cell_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u)\n"
+        f"SRU_CPU_KERNEL({struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u)\n"
     )
 
 

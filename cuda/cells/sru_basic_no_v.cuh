@@ -6,7 +6,7 @@
 //   h = c
 #pragma once
 
-struct sru_basic_no_v {
+struct sru_basic_no_v_cell {
   static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 1, n_state = 1, n_constants = 0;
   static constexpr bool affine = true;
 

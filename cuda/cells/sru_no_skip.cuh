@@ -7,7 +7,7 @@
 //   h = c*r
 #pragma once
 
-struct sru_no_skip {
+struct sru_no_skip_cell {
   static constexpr int n_gates = 3, n_inputs = 0, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 0;
   static constexpr bool affine = false;
 

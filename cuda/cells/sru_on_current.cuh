@@ -8,7 +8,7 @@
 //   h = skip + (c - skip)*r
 #pragma once
 
-struct sru_on_current {
+struct sru_on_current_cell {
   static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 1;
   static constexpr bool affine = false;
 

@@ -7,7 +7,7 @@
 //   h = u3 + (c - u3)*r
 #pragma once
 
-struct sru_projected {
+struct sru_projected_cell {
   static constexpr int n_gates = 4, n_inputs = 0, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 0;
   static constexpr bool affine = false;
 

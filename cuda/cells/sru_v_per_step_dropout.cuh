@@ -8,7 +8,7 @@
 //   h = skip + (c - skip)*m*r
 #pragma once
 
-struct sru_v_per_step_dropout {
+struct sru_v_per_step_dropout_cell {
   static constexpr int n_gates = 3, n_inputs = 3, n_per_sequence = 1, n_params = 2, n_state = 1, n_constants = 1;
   static constexpr bool affine = false;
 
