@@ -17,6 +17,8 @@ from .errors import CompileError, LibraryError
 # Below this many elements of h per task, waking a thread costs more than it saves.
 _ELEMENTS_PER_TASK = 1 << 17
 
+_noticed = False
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -77,12 +79,14 @@ def _kernel_or_error(variant: Variant, *_settings: object) -> compile_cpu.Kernel
         return error.with_traceback(None)
 
 
-@functools.cache
 def _notice(reason: str) -> None:
-    """Says once why NumPy does the work, which is right but slow."""
-    warnings.warn(
-        f"{reason}\nUntil then the recurrences run on NumPy: same results to rounding, but several times slower. "
-        "SRU_RT_CPU=numpy silences this",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    """Says once in a process why NumPy does the work, which is right but slow."""
+    global _noticed
+    if not _noticed:
+        _noticed = True
+        warnings.warn(
+            f"{reason}\nUntil then the recurrences run on NumPy: same results to rounding, but several times slower. "
+            "SRU_RT_CPU=numpy silences this",
+            RuntimeWarning,
+            stacklevel=2,
+        )

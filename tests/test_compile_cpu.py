@@ -28,7 +28,7 @@ import tolerance
 from sru_rt import abi, cache, compile_cpu, source
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
-from sru_rt.emit import emit
+from sru_rt.emit import emit, struct_name
 from sru_rt.errors import ArgumentError, CompileError
 
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -795,7 +795,7 @@ def test_named_cells_compile_without_warnings(command, tmp_path, monkeypatch):
     included = "".join(f'#include "{cell.name}.h"\n' for cell in cells)
 
     def sweeps(dtype: str) -> str:
-        lines = [f"template struct CpuSweep<{cell.name}, {dtype}, float, 0u>;\n" for cell in cells]
+        lines = [f"template struct CpuSweep<{struct_name(cell)}, {dtype}, float, 0u>;\n" for cell in cells]
         return f'#include "cpu_sweep.h"\n{included}{"".join(lines)}'
 
     def unit(name: str, dtype: str) -> str:
