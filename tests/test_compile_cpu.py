@@ -799,7 +799,7 @@ def test_named_cells_compile_without_warnings(command, tmp_path, monkeypatch):
         return f'#include "cpu_sweep.h"\n{included}{"".join(lines)}'
 
     def unit(name: str, dtype: str) -> str:
-        return source.cpu_kernel(f'#include "{name}.h"', name, dtype, "float32", 0)
+        return source.cpu_kernel(f'#include "{name}.h"', f"{name}_cell", dtype, "float32", 0)
 
     # Some whole units as they are compiled, and the sweeps of all cells as far as most warnings need.
     jobs = [
