@@ -122,9 +122,12 @@ def formula_lines(cell: Cell) -> list[str]:
     """The step as the papers would print it, one line for each named value; c' is the state before the step."""
     f = cell.formula
     leaf_names = {name: f"{name}'" if name in cell.state else name for name in cell.names}
-    block = _Block([*f.new_state, f.h], f.names, leaf_names, cpp=False)
+    results = [*zip(cell.state, f.new_state), ("h", f.h)]
+    # A local variable keeps its name unless it is that of a result, and another one.
+    names = {node: name for node, name in f.names.items() if dict(results).get(name, node) is node}
+    block = _Block([*f.new_state, f.h], names, leaf_names, cpp=False)
     lines = list(block.lines)
-    for name, node in [*zip(cell.state, f.new_state), ("h", f.h)]:
+    for name, node in results:
         if block[node] != name:
             lines.append(f"{name} = {block[node]}")
     return lines

@@ -194,12 +194,22 @@ EVERYTHING = own_cell(
 )
 
 
-def test_formula_in_the_comment_is_the_step(write_cells):
+def names_at_odds(a, b, c, y):
+    """Local variables with the names of results, which are not those results."""
+    c, y = y * a, c + a
+    h = tanh(b * c)
+    return y, c, h * h
+
+
+NAMES_AT_ODDS = own_cell(names_at_odds, gates="a b", state="c y", name="names_at_odds")
+
+
+def test_formula_in_the_comment_is_the_step():
     """The comment, run as Python with c' for the state before the step, computes what the graph computes."""
     from sru_rt.cells import named_cells
 
     functions = {name: getattr(sru_rt, name) for name in (*graph.FUNCTIONS, "minimum", "maximum", "where")}
-    for cell in [*named_cells(), *(example.cell for example in EXAMPLES.values()), EVERYTHING]:
+    for cell in [*named_cells(), *(example.cell for example in EXAMPLES.values()), EVERYTHING, NAMES_AT_ODDS]:
         rng = np.random.default_rng(0)
         values = {name: rng.uniform(0.2, 1, 20) for name in cell.names}
         lines = formula_lines(cell)

@@ -143,6 +143,11 @@ def join(pid):
 
 def same():
     assert work() == wanted, "the child's results differ"
+
+def same_with_workers():
+    same()
+    if os.path.isdir("/proc/self/task"):
+        assert len(os.listdir("/proc/self/task")) == 3, "the child has no threads of its own"
 """
 
 
@@ -164,8 +169,8 @@ def run(code: str, **environment: str) -> str:
 def test_fork_after_use():
     run("""
         wanted = work()
-        join(fork(same))
-        join(fork(lambda: (same(), join(fork(same)))))  # a child's child
+        join(fork(same_with_workers))
+        join(fork(lambda: (same(), join(fork(same_with_workers)))))  # a child's child
         same()
         join(fork(same))
     """)
@@ -188,7 +193,7 @@ def test_fork_while_another_thread_is_inside_the_pool():
             thread.start()
         while calls < 10:
             time.sleep(0.001)
-        for child in [fork(same) for _ in range(12)]:
+        for child in [fork(same_with_workers) for _ in range(12)]:
             join(child)
         going = False
         for thread in threads:
@@ -202,11 +207,8 @@ def test_multiprocessing_by_fork():
         import multiprocessing
         wanted = work()
 
-        def child(i):
-            same()
-
         context = multiprocessing.get_context("fork")
-        children = [context.Process(target=child, args=(i,)) for i in range(4)]
+        children = [context.Process(target=same_with_workers) for _ in range(4)]
         for p in children:
             p.start()
         for p in children:
