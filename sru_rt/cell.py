@@ -114,8 +114,9 @@ class Cell:
 
     @property
     def formula(self) -> Formula:
-        """The traced step and its derivative."""
-        return _trace(self)
+        """The traced step and its derivative; of several threads that trace at once, the first one's for all."""
+        found: Formula | None = self.__dict__.get("_formula")
+        return found or self.__dict__.setdefault("_formula", _trace(self))  # type: ignore[no-any-return]
 
     @property
     def affine(self) -> bool:
@@ -144,7 +145,8 @@ class Formula:
     gradient_names: dict[Node, str] = field(default_factory=dict)
 
 
-# Kept by functools.cache, which holds no lock while it computes: a process may fork at any time.
+# functools.cache holds no lock while it computes, unlike cached_property before Python 3.12: a process may fork at any
+# time.
 
 
 @cache
@@ -160,7 +162,6 @@ def _is_affine(cell: Cell) -> bool:
     return all(graph.degree(new, states) <= 1 for new in cell.formula.new_state)
 
 
-@cache
 def _trace(cell: Cell) -> Formula:
     table = Graph()
     leaves = {name: table.input(name) for name in cell.names}

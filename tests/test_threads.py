@@ -16,6 +16,7 @@ from ml_dtypes import bfloat16
 
 import sru_rt
 from sru_rt import launch
+from sru_rt.cell import Array, Cell
 
 GRADIENTS = ("u", "x", "bias", "v", "c0")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -105,6 +106,31 @@ def test_callers_at_once_get_their_own_results(callers, cuts, monkeypatch):
         for right in [threads.submit(call, i) for i in range(callers)]:
             assert all(right.result(timeout=120))
     assert max(cuts.seen) == 3
+
+
+def test_callers_at_once_share_one_trace_of_a_cell():
+    """Nodes of two traces are different, and one of them does not know the other's values."""
+    calls, second_is_inside, first_is_done = [], threading.Event(), threading.Event()
+
+    def step(u, c):
+        calls.append(None)
+        if len(calls) == 1:
+            second_is_inside.wait(5)
+        else:
+            second_is_inside.set()
+            first_is_done.wait(5)
+        return c + u, c
+
+    cell = Cell("slow", step, (Array("u", "gates", ("u",)), Array("c0", "state", ("c",))))
+
+    def trace():
+        formula = cell.formula
+        first_is_done.set()
+        return formula
+
+    with ThreadPoolExecutor(2) as threads:
+        formulas = [f.result(timeout=60) for f in [threads.submit(trace) for _ in range(2)]]
+    assert formulas[0] is formulas[1] is cell.formula
 
 
 # ----------------------------------------------------------------------------------------------------------------------
