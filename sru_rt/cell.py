@@ -116,7 +116,7 @@ class Cell:
     def formula(self) -> Formula:
         """The traced step and its derivative; of several threads that trace at once, the first one's for all."""
         found: Formula | None = self.__dict__.get("_formula")
-        return found or self.__dict__.setdefault("_formula", _trace(self))  # type: ignore[no-any-return]
+        return found or self.__dict__.setdefault("_formula", _trace(self))
 
     @property
     def affine(self) -> bool:
