@@ -18,6 +18,7 @@ struct CpuSweep {
   typedef typename Storage<Io>::acc acc;
   typedef Vec<acc, SRU_VECTOR_BYTES / sizeof(acc)> real;
   typedef RecurrenceArguments<Cell> Given;
+  static_assert(Cell::n_inputs <= 32, "`wide` has one bit for each input");
 
   // The part of the work that one task does: sequences and directions [first, last), channels [from, to).
   struct Part {
