@@ -81,7 +81,7 @@ class Cell:
             if names.count(name) > 1:
                 raise StepError(f"{self._where}: {name!r} is declared twice; give each value a name of its own")
         if len(self.inputs) > 32:
-            raise StepError(f"{self._where}: a cell takes at most 32 inputs (got {len(self.inputs)}); make gates of some")
+            raise StepError(f"{self._where}: a cell takes at most 32 inputs (got {len(self.inputs)})")
         if not self.gates or not self.state:
             raise StepError(f"{self._where}: a cell needs at least one gate and one state")
 
