@@ -6,7 +6,10 @@
 
 // Measured, not derived: results of this size and more are written past the caches, and what is read is asked for this
 // far ahead, beyond the end of a page, where the hardware stops.
-constexpr index_t streaming_bytes = 32 << 20, prefetch_bytes = 8 << 10;
+#ifndef SRU_STREAMING_BYTES
+#define SRU_STREAMING_BYTES (32 << 20)
+#endif
+constexpr index_t prefetch_bytes = 8 << 10;
 
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
@@ -204,7 +207,7 @@ struct CpuSweep {
   // that they overwrite. It takes whole packs at aligned addresses.
   SRU_FN bool is_large(const Given &a, index_t bytes_per_channel) {
     const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
-    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= streaming_bytes;
+    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= SRU_STREAMING_BYTES;
   }
   SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
 
@@ -295,9 +298,10 @@ struct CpuSweep {
       if (at.starts_anew) copy_row(part, dstate[i], (const acc *)nullptr);
   }
 
+  // `kept` holds the states before each step, `kept_row` is the row of this one.
   template <class State>
-  SRU_FN void gradient_row(const BackwardArguments<Cell> &f, index_t s, index_t n, const Part &part,
-                           const State *const *kept, bool streaming) {
+  SRU_FN void gradient_row(const BackwardArguments<Cell> &f, index_t s, index_t n, index_t kept_row,
+                           const void *const *kept, const Part &part, bool streaming) {
     const Given &a = f.given;
     const Place at(a, s, n);
     const Writer to(f, at);
@@ -308,7 +312,8 @@ struct CpuSweep {
       return;
     }
     const State *prev[Cell::n_state];
-    for (int i = 0; i < Cell::n_state; i++) prev[i] = at.starts_anew ? nullptr : kept[i];
+    for (int i = 0; i < Cell::n_state; i++)
+      prev[i] = at.starts_anew ? nullptr : (const State *)kept[i] + kept_row * a.d;
     for_channels(part, GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate,
                                           at.starts_anew, streaming});
   }
@@ -332,6 +337,7 @@ struct CpuSweep {
 
   static void backward(const BackwardArguments<Cell> &f, const Part &part) {
     const Given &a = f.given;
+    const index_t rows = a.B * a.D;
     const bool streaming = streams(f);
     for (index_t n = part.first; n < part.last; n++) start_row(f, n, part);
     for (index_t end = a.L; end > 0;) {
@@ -339,17 +345,10 @@ struct CpuSweep {
       if (a.every > 1) recompute(f, begin, end, part);
       for (index_t s = end - 1; s >= begin; s--)
         for (index_t n = part.first; n < part.last; n++) {
-          const index_t rows = a.B * a.D;
-          const Saved *saved[Cell::n_state];
-          const acc *states[Cell::n_state];
-          for (int i = 0; i < Cell::n_state; i++) {
-            saved[i] = (const Saved *)f.saved[i] + (s * rows + n) * a.d;
-            states[i] = (const acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
-          }
           if (a.every > 1)
-            gradient_row(f, s, n, part, states, streaming);
+            gradient_row<acc>(f, s, n, (s - begin) * rows + n, f.states, part, streaming);
           else
-            gradient_row(f, s, n, part, saved, streaming);
+            gradient_row<Saved>(f, s, n, s * rows + n, f.saved, part, streaming);
         }
       end = begin;
     }

@@ -1,9 +1,9 @@
 // The one place that knows the compiler and the machine: number types, loads and stores, element-wise mathematics.
 //
 // Everything else in this folder is written over `real`, a pack of neighbouring channels that behaves like one number.
-// On the CPU it is Vec<T, W>, W lanes of a vector register. Results are the same on every machine with fused
-// multiply-add, whatever the vector width, because the compiler may not contract (-ffp-contract=off): where a
-// product and a sum are fused, the text says fma().
+// On the CPU it is Vec<T, W>, W lanes of a vector register. The compiler may not contract (-ffp-contract=off): where a
+// product and a sum are fused, the text says fma(). So float64 results are the same on every machine with fused
+// multiply-add; those of float32 differ in the last bits with AVX-512, which has a sigmoid of its own.
 #pragma once
 
 #include <stddef.h>
