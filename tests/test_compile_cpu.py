@@ -63,7 +63,7 @@ json.dump({{"said": said, "results": [[a.tolist() for a in r] for r in results]}
 ONCE = "results.append(work())"
 TWICE = "results.append(work()); results.append(work('float64'))"
 
-# A compiler that writes down its calls. It remembers what it made in this session, as most tests make the same.
+# A compiler that writes down its calls. It remembers what it made in this run, as most tests make the same.
 RECORDER = """#!/bin/sh
 case "$*" in *--version*) echo "${FAKE_VERSION:-recorder 1.0}"; exit;; esac
 echo "$*" >> "$CALLS"
