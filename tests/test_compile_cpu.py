@@ -486,13 +486,17 @@ def test_a_home_that_cannot_be_written(machine, home):
 def strangers(machine):
     """A machine for a user without privileges: the tests' own, or a stranger that root becomes.
 
-    Programs begin with the code `become`, which reads all modules first: the stranger may not be allowed to.
+    Programs begin with the code `become`, which reads all modules first, and takes the sources from a copy: the
+    stranger may not be allowed to read where the package is installed.
     """
     folder = Path(tempfile.mkdtemp())  # the tests' own folder is closed to others
     (folder / "tmp").mkdir(mode=0o777)
     become = ""
     if ROOT:
+        shutil.copytree(source.cuda_dir(), folder / "cuda")
+        subprocess.run(["chmod", "-R", "a+rX", folder / "cuda"], check=True)
         become = "import subprocess; os.environ['SRU_RT_CPU'] = 'numpy'; work(); del os.environ['SRU_RT_CPU']; "
+        become += f"import pathlib; sru_rt.source.cuda_dir = lambda: pathlib.Path({str(folder / 'cuda')!r}); "
         become += f"os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER}); "
         give_away(folder)
         give_away(folder / "tmp")
