@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from . import settings
@@ -58,7 +59,12 @@ def _require_own(path: Path, state: os.stat_result) -> None:
 
 
 def find(path: Path) -> bool:
-    """Whether a whole, trusted entry stands at `path`. Raises CacheError for one that others could have written.
+    """Whether a whole, trusted entry stands at `path`. Raises CacheError for one that others could have written."""
+    return read(path) is not None
+
+
+def read(path: Path) -> bytes | None:
+    """The content of the entry at `path`; None if there is no whole one. Raises CacheError as `find`.
 
     A damaged one stays until it is replaced: another process may just have done so.
     """
@@ -67,12 +73,29 @@ def find(path: Path) -> bool:
             _require_own(path, os.fstat(file.fileno()))
             content = file.read()
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise CacheError(
             f"sru_rt: {path} cannot be read ({error.strerror}); remove it, or set SRU_RT_CACHE_DIR to another folder"
         ) from None
-    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+    entry = content[:-_DIGEST_BYTES]
+    return entry if hashlib.sha256(entry).digest() == content[-_DIGEST_BYTES:] else None
+
+
+def write(content: bytes, path: Path) -> None:
+    """Makes an entry of `content`. Raises CacheError if the folder cannot be written."""
+    try:
+        handle, made = tempfile.mkstemp(prefix=".build-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            publish(Path(made), path)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"sru_rt: the cache folder {path.parent} cannot be written ({error}); set SRU_RT_CACHE_DIR to another one"
+        ) from None
 
 
 def publish(made: Path, path: Path) -> None:

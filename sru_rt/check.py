@@ -7,25 +7,33 @@ from typing import Any
 
 import numpy as np
 
+from . import library as libraries
+from . import settings
 from .dtypes import IO_DTYPES, name_of
-from .errors import ArgumentError, DtypeError, LibraryError, ShapeError
-
-NDArray = np.ndarray[Any, Any]
+from .errors import ArgumentError, DtypeError, ShapeError
+from .library import Library, NDArray
+from .on_numpy import NUMPY
 
 
 class Check:
     """The checks of one call. Axis letters take their size from the first array that has them.
 
-    `names` says what the function calls an array that a cell declares under another name.
+    The first array also says which library all others must be of, if `library` does not. `names` says what the
+    function calls an array that a cell declares under another name.
     """
 
-    def __init__(self, function: str, **names: str) -> None:
+    def __init__(self, function: str, library: Library | None = None, /, **names: str) -> None:
         self.function, self.names = function, names
+        self._library, self._origin = library, "what the forward was given"
         self.sizes: dict[str, tuple[int, str]] = {}
         self.leading = ""  # the array whose dtype all others follow
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis][0]
+
+    @property
+    def library(self) -> Library:
+        return self._library or NUMPY
 
     def set(self, axis: str, size: int, origin: str) -> None:
         self.sizes[axis] = (size, origin)
@@ -39,6 +47,10 @@ class Check:
             raise self.error(name, f"must be one of {', '.join(map(repr, choices))} (got {value!r})")
 
     def number(self, name: str, value: Any) -> float:
+        found = None if isinstance(value, (int, float)) else libraries.of(value)
+        if found is not None and not found.reads_values:
+            way = f"pass float({name}), which waits for the device"
+            raise self.error(name, f"must be a number (got an array on {found.device}); {way}")
         try:
             number = float("no number") if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, OverflowError):
@@ -48,25 +60,17 @@ class Check:
         return number
 
     def array(self, name: str, value: Any, axes: str, dtypes: Sequence[str]) -> NDArray:
-        """`value` as a plain NumPy array, if it has the axes (letters, or sizes) and one of the dtypes."""
+        """`value` as a plain array, if it has the axes (letters, or sizes) and one of the dtypes."""
         array = self.plain(name, value)
         self.shape(name, array, axes)
         self.dtype(name, array, dtypes)
         return array
 
     def plain(self, name: str, value: Any) -> NDArray:
-        if not isinstance(value, np.ndarray):
-            kind = type(value)
-            module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-            got = "None" if value is None else f"{module}{kind.__qualname__}"
-            way = "pass one" if value is None or name.startswith("out") else f"pass numpy.asarray({name})"
-            raise LibraryError(f"{self.function}: {name} must be an array (got {got}); {way}")
-        if isinstance(value, np.ma.MaskedArray):
-            raise LibraryError(
-                f"{self.function}: {name} must be a plain array (got a masked one, whose mask would be ignored); pass "
-                f"{name}.filled(...), and mask= or lengths= for padding"
-            )
-        return np.asarray(value)
+        """`value` if it is an array of the library of all others, on their device."""
+        if self._library is None:
+            self._library, self._origin = libraries.of(value), name
+        return self.library.plain(self.function, name, value, self._origin)
 
     def shape(self, name: str, array: NDArray, axes: str) -> None:
         letters = axes.split()
@@ -101,7 +105,7 @@ class Check:
             needed = " or ".join(dict.fromkeys(dtypes))
             way = f"convert it with {name}.astype({dtypes[0]!r})"
             if name.startswith("out"):
-                way = f"pass numpy.empty({array.shape}, {dtypes[0]!r})"
+                way = f"pass {self.library.name}.empty({array.shape}, {dtypes[0]!r})"
             elif self.leading and array.dtype.name in IO_DTYPES:
                 way += f", or give {self.leading} the dtype {array.dtype.name}"
             raise DtypeError(f"{self.function}: {name} has dtype {array.dtype.name}; it needs {needed}: {way}")
@@ -117,28 +121,46 @@ class Check:
         return name_of(array.dtype)
 
     def lengths(self, value: Any) -> NDArray | None:
-        """`lengths` as int64 (B,); a list of integers will do."""
+        """`lengths` as int64 (B,); a list of integers will do, and on a device an array of the host.
+
+        Values on a device are left to the kernel, which clamps them, and checked with SRU_RT_DEBUG=1.
+        """
         if value is None:
             return None
-        try:
-            array = np.asarray(value) if isinstance(value, (list, tuple)) else self.plain("lengths", value)
-        except (ValueError, OverflowError):
-            raise self.error("lengths", f"must be (B,) integers (got the ragged {value!r})", ShapeError) from None
+        array, on_host = self._lengths(value)
         if array.dtype.kind not in "iu" and array.size:
             raise DtypeError(
                 f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it "
-                "with numpy.asarray(lengths).astype('int64')"
+                f"with {self.library.name}.asarray(lengths).astype('int64')"
             )
         self.shape("lengths", array, "B")
-        wrong = np.flatnonzero((array < 0) | (array > self["L"]))
+        if on_host or settings.debug():
+            self._in_range(array if on_host else self.library.to_host(array))
+        return self.library.xp.array(array, np.int64)
+
+    def _lengths(self, value: Any) -> tuple[NDArray, bool]:
+        """An array, and whether its values are on the host."""
+        if isinstance(value, np.ndarray):
+            return NUMPY.plain(self.function, "lengths", value, ""), True
+        if not isinstance(value, (list, tuple)):
+            return self.plain("lengths", value), self.library.reads_values
+        try:
+            return np.asarray(value), True
+        except (ValueError, OverflowError):
+            raise self.error("lengths", f"must be (B,) integers (got the ragged {value!r})", ShapeError) from None
+        except TypeError:
+            problem = f"must be (B,) integers (got a {type(value).__name__} of something else); pass an array of them"
+            raise self.error("lengths", problem) from None
+
+    def _in_range(self, lengths: np.ndarray[Any, Any]) -> None:
+        wrong = np.flatnonzero((lengths < 0) | (lengths > self["L"]))
         if wrong.size:
             b = int(wrong[0])
             raise self.error(
                 "lengths",
-                f"must be from 0 to L = {self['L']} (got {array[b]} for sequence {b}); L comes from "
+                f"must be from 0 to L = {self['L']} (got {lengths[b]} for sequence {b}); L comes from "
                 f"{self.sizes['L'][1]}",
             )
-        return np.array(array, np.int64)
 
     def flags(self, name: str, value: Any) -> NDArray | None:
         """`mask` or `reset` as bool (L, B); integers and floats count as true where they are not 0."""
@@ -151,7 +173,7 @@ class Check:
                 f"{name}.astype(bool)"
             )
         self.shape(name, array, "L B")
-        return np.ascontiguousarray(array != 0 if array.dtype != np.bool_ else array)
+        return self.library.contiguous(array, np.dtype(bool))
 
 
 def _tuple(words: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,7 @@ from . import abi, cache, settings, source
 from .cell import Cell
 from .emit import emit, struct_name
 from .errors import ArgumentError, CacheError, CompileError
-
-log = logging.getLogger("sru_rt")
+from .log import debug, warn_once
 
 # No -ffast-math: linked into a shared object it turns denormals off for the whole process. No OpenMP: it hangs after a
 # fork. -ffp-contract as port.h explains.
@@ -150,11 +147,11 @@ def load(unit: str, *entries: str) -> ctypes.CDLL:
         try:
             path = cache.folder() / f"{key.hexdigest()[:40]}.so"
             if cache.find(path):
-                _debug("cache hit %s", path)
+                debug("cache hit %s", path)
                 return _open(path, entries)
             return _compile_into_cache(found, unit, path, entries)
         except CacheError as error:
-            _notice(f"{error}. Meanwhile kernels are compiled anew in each process")
+            warn_once(f"{error}. Meanwhile kernels are compiled anew in each process")
         return _compile_for_this_process(found, unit, entries)
 
 
@@ -203,7 +200,7 @@ def _compile(compiler: Compiler, unit: str, folder: Path) -> Path:
             f"output:\n{output[:4000] or '(none)'}\n"
             "Name another compiler in SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
         )
-    _debug("compiled %s in %.2f s: %s", made, time.perf_counter() - began, shlex.join(command))
+    debug("compiled %s in %.2f s: %s", made, time.perf_counter() - began, shlex.join(command))
     return made
 
 
@@ -220,20 +217,6 @@ def _open(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
             "SRU_RT_CACHE_DIR (TMPDIR if that cannot be used) to another one; if not, name another compiler in "
             "SRU_RT_CXX, or set SRU_RT_CPU=numpy to do without"
         ) from None
-
-
-def _debug(message: str, *values: object) -> None:
-    """Logs; SRU_RT_DEBUG=1 sends the log to standard error, without any set-up by the program."""
-    if settings.debug() and not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.DEBUG)
-    log.debug(message, *values)
-
-
-@functools.cache
-def _notice(text: str) -> None:
-    """Warns once per process."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

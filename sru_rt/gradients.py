@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from .errors import ArgumentError
 
@@ -59,18 +57,18 @@ def wanted(function: str, need: Any, given: Mapping[str, Any]) -> set[str]:
     return set(names)
 
 
-def nbytes(value: Any) -> int:
-    """Memory of the distinct contiguous arrays in nested tuples and dicts, in bytes."""
+def nbytes(value: Any, pointer: Callable[[Any], int]) -> int:
+    """Memory of the distinct contiguous arrays in nested tuples and dicts, in bytes; `pointer` gives an address."""
     arrays: dict[int, int] = {}
 
     def walk(v: Any) -> None:
-        if isinstance(v, np.ndarray):
-            arrays[v.__array_interface__["data"][0]] = v.nbytes  # two views of one array count once
-        elif isinstance(v, dict):
+        if isinstance(v, dict):
             walk(tuple(v.values()))
         elif isinstance(v, (tuple, list)):
             for item in v:
                 walk(item)
+        elif v is not None:
+            arrays[pointer(v)] = v.nbytes  # two views of one array count once
 
     walk(value)
     return sum(arrays.values())

@@ -1,46 +1,35 @@
 """The waist: one recurrence given by pointers and sizes. Every framework comes through here.
 
-A caller states the cell, the dtypes, the packed arguments (see `abi`), the device and the stream. On the CPU the work
-is done by compiled kernels on the library's own threads, or by NumPy where there is no compiler.
+A caller states the cell, the dtypes, the arguments (see `abi`), the device and the stream. On the CPU the work is done
+by compiled kernels on the library's own threads, or by NumPy where there is no compiler.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from dataclasses import dataclass
 
-from . import abi, compile_cpu, numpy_sweep, settings
-from .cell import Cell
+from . import abi, compile_cpu, launch_gpu, numpy_sweep, plan, settings
 from .errors import CompileError, LibraryError
+from .log import warn_once
+from .variant import Variant
 
 # Below this many elements of h per task, waking a thread costs more than it saves.
 _ELEMENTS_PER_TASK = 1 << 17
 
-_noticed = False
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a kernel is compiled for. Bit i of `wide` says that input i is stored in the dtype of the state."""
-
-    cell: Cell
-    dtype: str
-    saved_dtype: str
-    wide: int = 0
-
 
 def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu", stream: int = 0) -> None:
-    """Runs one pass of a recurrence, in order on `stream` of `device` (on the CPU: before returning).
+    """Runs one pass of a recurrence, in order on `stream` of `device`, "cpu" (before returning) or such as "cuda:0".
 
     Raises:
-        CompileError: SRU_RT_CPU=compiled, and there is no working compiler.
-        LibraryError: there are no kernels for `device`.
+        CompileError: there is no working compiler: NVRTC for a GPU, or one for C++ with SRU_RT_CPU=compiled.
+        LibraryError: there are no kernels for `device`, or the arrays or sizes are beyond what a kernel takes.
     """
     if device != "cpu":
-        raise LibraryError(
-            f"sru_rt: there are no kernels for device {device!r} in this version; move the arrays to the CPU"
-        )
+        kind, _, number = device.partition(":")
+        if kind != "cuda":
+            raise LibraryError(f"sru_rt: there are no kernels for device {device!r}, only for cpu and cuda")
+        launch_gpu.run(variant, arguments, int(number or 0), stream)
+        return
     kernel = _kernel(variant)
     sweep = "forward" if isinstance(arguments, abi.Forward) else "backward"
     if kernel is None:
@@ -49,6 +38,11 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
     tasks = _tasks(arguments.given)
     pool = compile_cpu.pool() if tasks > 1 else None
     getattr(kernel, sweep)(abi.pack(variant.cell, arguments), pool, tasks)
+
+
+def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:
+    """Whether a backward wants memory for the `every` states of a piece that it recomputes."""
+    return every > 1 if device == "cpu" else plan.needs_scratch(variant, every)
 
 
 def _tasks(given: abi.Given) -> int:
@@ -66,7 +60,10 @@ def _kernel(variant: Variant) -> compile_cpu.Kernel | None:
         return found
     if backend == "compiled":
         raise found
-    _notice(str(found))
+    warn_once(
+        f"{found}\nUntil then the recurrences run on NumPy: same results to rounding, but several times slower. "
+        "SRU_RT_CPU=numpy silences this"
+    )
     return None
 
 
@@ -77,16 +74,3 @@ def _kernel_or_error(variant: Variant, *_settings: object) -> compile_cpu.Kernel
         return compile_cpu.kernel(variant.cell, variant.dtype, variant.saved_dtype, variant.wide)
     except CompileError as error:
         return error.with_traceback(None)
-
-
-def _notice(reason: str) -> None:
-    """Says once in a process why NumPy does the work, which is right but slow."""
-    global _noticed
-    if not _noticed:
-        _noticed = True
-        warnings.warn(
-            f"{reason}\nUntil then the recurrences run on NumPy: same results to rounding, but several times slower. "
-            "SRU_RT_CPU=numpy silences this",
-            RuntimeWarning,
-            stacklevel=2,
-        )

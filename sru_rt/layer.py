@@ -14,10 +14,9 @@ from .check import Check
 from .dtypes import state_dtype, to_numpy
 from .errors import ArgumentError, LibraryError, ShapeError
 from .gradients import Gradients, nbytes, wanted
+from .library import Library, NDArray
 from .projection import Weight, gradient_of_weight, gradient_of_x, project
 from .recurrence import Operands
-
-NDArray = np.ndarray[Any, Any]
 
 # Steps between kept states where the user leaves it to us: long enough that they weigh little beside x and h, short
 # enough that a recomputed piece stays in the cache.
@@ -44,7 +43,7 @@ class Saved:
     def nbytes(self) -> int:
         """Bytes of all arrays held, those of the caller included."""
         held = (dict(self.operands.arrays), list(self.operands.c0), list(self.states), self.x)
-        return nbytes((*held, self.weight.factors if self.weight else ()))
+        return nbytes((*held, self.weight.factors if self.weight else ()), self.operands.library.pointer)
 
     def __repr__(self) -> str:
         L, B, D, d = self.sizes
@@ -108,29 +107,28 @@ def outputs(
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise check.error("out", f"must be a pair (h, c) of arrays or None (got {type(out).__name__})")
     shapes = (("out[0]", "L B D*d", dtype), ("out[1]", "D B d", state_dtype(dtype)))
-    results = []
+    library, results = check.library, []
     for array, (name, axes, needed) in zip(out, shapes):
         if array is not None:
             array = check.array(name, array, axes, (needed,))
-            if not (
-                array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative and array.flags.aligned
-            ):
-                raise check.error(
-                    name,
-                    "must be C-contiguous, aligned, writeable and of native byte order; pass numpy.empty(...)",
-                )
-            if any(np.may_share_memory(array, a) and not _same(array, a, name) for a in given if a is not None):
+            if needed := library.not_writable(array):
+                raise check.error(name, f"must be {needed}; pass {library.name}.empty(...)")
+            if any(_overlap(library, array, a) and not _same(library, array, a, name) for a in given):
                 raise check.error(name, "overlaps an input; pass memory of its own")
         results.append(array)
-    if results[0] is not None and results[1] is not None and np.may_share_memory(results[0], results[1]):
+    if results[0] is not None and _overlap(library, results[0], results[1]):
         raise check.error("out", "has overlapping arrays; pass memory of its own for each")
     return results[0], results[1]
 
 
-def _same(array: NDArray, other: NDArray, name: str) -> bool:
+def _overlap(library: Library, array: NDArray, other: NDArray | None) -> bool:
+    return other is not None and bool(library.xp.may_share_memory(array, other))
+
+
+def _same(library: Library, array: NDArray, other: NDArray, name: str) -> bool:
     """The state may be updated in place."""
-    same = array.ctypes.data == other.ctypes.data and array.shape == other.shape and array.dtype == other.dtype
-    return same and name == "out[1]"
+    same = library.pointer(array) == library.pointer(other)
+    return same and array.shape == other.shape and array.dtype == other.dtype and name == "out[1]"
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,7 @@ def forward(
     Returns:
         (h, c_last), and `Saved` if the options ask for it.
     """
+    library = check.library
     L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
     check.set("D*d", D * d, check.sizes["D"][1])
     check.choice("time_parallel", options.time_parallel, ("auto", True, False))
@@ -189,19 +188,20 @@ def forward(
     given = {n: _dtypes_of(v) for n, v in values.items() if n not in declared or declared[n].kind != "per_sequence"}
     rows, weight = None, None
     if projection:
-        weight, rows = Weight.of(factors), recurrence.contiguous(projection.x, to_numpy(dtype))
+        weight, rows = Weight.of(factors, library), library.contiguous(projection.x, to_numpy(dtype))
         rows = rows.reshape(L * B, check["d_in"])
         arrays["u"] = project(rows, weight).reshape(L, B, D, check["k"], d)
     c0 = arrays.pop(next(a.name for a in cell.arrays if a.kind == "state"), None)
     operands = Operands(
         cell=cell,
         dtype=dtype,
-        arrays={name: recurrence.operand(declared[name], array, dtype) for name, array in arrays.items()},
-        c0=[None if c0 is None else recurrence.contiguous(c0, to_numpy(state_dtype(dtype)))],
+        arrays={name: recurrence.operand(declared[name], array, dtype, library) for name, array in arrays.items()},
+        c0=[None if c0 is None else library.contiguous(c0, to_numpy(state_dtype(dtype)))],
         constants=constants,
         lengths=lengths,
         mask=mask,
         reset=reset,
+        library=library,
     )
     h = None if h is None else h.reshape(L, B, D, d)
     h, states_last, states = recurrence.forward(operands, every, kept_dtype, h, [c_last])
@@ -238,9 +238,14 @@ def backward(function: str, saved: Any, dh: Any, dc_last: Any, need: Any) -> Gra
             f"{function}: saved must be the third result of a forward function with save=... (got "
             f"{type(saved).__qualname__})"
         )
+    with saved.operands.library.current():
+        return _backward(function, saved, dh, dc_last, need)
+
+
+def _backward(function: str, saved: Saved, dh: Any, dc_last: Any, need: Any) -> Gradients:
     names = wanted(function, need, saved.given)
     operands = _with_u(saved)
-    dh, dc_last = _seeds(Check(function), saved, dh, dc_last)
+    dh, dc_last = _seeds(Check(function, operands.library), saved, dh, dc_last)
     wanted_arrays = {name for name in names if name != "c0"}
     if names & {"x", "weight"} and saved.weight is not None:
         wanted_arrays.add("u")
@@ -299,9 +304,10 @@ def _absent(operands: Operands) -> NDArray | None:
     if operands.lengths is None and operands.mask is None:
         return None
     L, B, _, _ = operands.sizes
-    absent = np.zeros((L, B), bool) if operands.mask is None else operands.mask.copy()
+    xp = operands.library.xp
+    absent = xp.zeros((L, B), bool) if operands.mask is None else operands.mask.copy()
     if operands.lengths is not None:
-        absent |= np.arange(L)[:, None] >= operands.lengths
+        absent |= xp.arange(L)[:, None] >= operands.lengths
     return absent.reshape(-1)
 
 
@@ -310,16 +316,16 @@ def _seeds(check: Check, saved: Saved, dh: Any, dc_last: Any) -> tuple[NDArray, 
     L, B, D, d = saved.sizes
     for axis, size in zip(("L", "B", "D", "d", "D*d"), (L, B, D, d, D * d)):
         check.set(axis, size, saved.function)
-    dtype = saved.operands.dtype
+    dtype, library = saved.operands.dtype, check.library
     state = state_dtype(dtype)
     if dh is None and dc_last is None:
         raise check.error("dh", "and dc_last are both None; give the gradient of at least one result")
     if dh is None:
-        dh = np.zeros((L, B, D * d), to_numpy(dtype))
+        dh = library.xp.zeros((L, B, D * d), to_numpy(dtype))
     dh = check.array("dh", dh, "L B D*d", (dtype, state))
     if dc_last is not None:
-        dc_last = recurrence.contiguous(check.array("dc_last", dc_last, "D B d", (state, dtype)), to_numpy(state))
-    return recurrence.contiguous(dh, to_numpy(dtype)), dc_last
+        dc_last = library.contiguous(check.array("dc_last", dc_last, "D B d", (state, dtype)), to_numpy(state))
+    return library.contiguous(dh, to_numpy(dtype)), dc_last
 
 
 def _cast(value: Any, given: Any) -> Any:

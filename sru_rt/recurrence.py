@@ -1,11 +1,11 @@
-"""Recurrences on NumPy arrays: allocates, turns arrays into addresses, and goes through the waist.
+"""Recurrences on arrays: allocates, turns arrays into addresses, and goes through the waist.
 
 Everything here is by name: the arrays that a cell declares, and ``d`` + name for their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,16 @@ import numpy as np
 from . import abi, launch
 from .cell import Array, Cell
 from .dtypes import name_of, state_dtype, to_numpy
-from .launch import Variant
-from .memory import empty
-
-NDArray = np.ndarray[Any, Any]
+from .library import Library, NDArray
+from .on_numpy import NUMPY
+from .variant import Variant
 
 _STEP_KINDS = ("gates", "inputs")
-
-# Rows of partial sums are this many numbers longer than d, so that they do not all begin at the same place of a page
-# and push each other out of the cache.
-_PADDING = 80
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What one recurrence is given: C-contiguous arrays in the dtypes that kernels take (see `operand`).
+    """What one recurrence is given: C-contiguous arrays of one library in the dtypes that kernels take (see `operand`).
 
     `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state.
     """
@@ -41,6 +36,7 @@ class Operands:
     lengths: NDArray | None = None
     mask: NDArray | None = None
     reset: NDArray | None = None
+    library: Library = NUMPY
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -64,37 +60,28 @@ class Operands:
         return Variant(self.cell, self.dtype, saved_dtype, wide)
 
 
-def operand(declared: Array, array: NDArray, dtype: str) -> NDArray:
+def operand(declared: Array, array: NDArray, dtype: str, library: Library = NUMPY) -> NDArray:
     """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
     own = declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) == dtype)
-    return contiguous(array, to_numpy(dtype if own else state_dtype(dtype)))
+    return library.contiguous(array, to_numpy(dtype if own else state_dtype(dtype)))
 
 
-def contiguous(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
-    """`array` itself if kernels can take it: in that dtype, C-contiguous and aligned; else a copy."""
-    array = np.ascontiguousarray(array, dtype)
-    return array if array.flags.aligned else array.copy()
-
-
-def _slots(array: NDArray | None, declared: Array) -> list[abi.Slot]:
+def _slots(array: NDArray | None, declared: Array, pointer: Callable[[NDArray], int]) -> list[abi.Slot]:
     """One slot for each value that the array holds."""
     n = len(declared.members)
     if array is None:
         return [abi.NOT_WANTED] * n
-    d = array.shape[-1]
-    return [abi.Slot(_pointer(array) + i * d * array.itemsize, n * d) for i in range(n)]
+    d, start = array.shape[-1], pointer(array)
+    return [abi.Slot(start + i * d * array.itemsize, n * d) for i in range(n)]
 
 
-def _pointer(array: NDArray | None) -> int:
-    return 0 if array is None else int(array.__array_interface__["data"][0])
-
-
-def _slots_of_kind(cell: Cell, kind: str, arrays: Mapping[str, NDArray]) -> list[abi.Slot]:
-    return [s for a in cell.arrays if a.kind == kind for s in _slots(arrays.get(a.name), a)]
+def _slots_of_kind(operands: Operands, kind: str, arrays: Mapping[str, NDArray]) -> list[abi.Slot]:
+    pointer = operands.library.pointer
+    return [s for a in operands.cell.arrays if a.kind == kind for s in _slots(arrays.get(a.name), a, pointer)]
 
 
 def _given(operands: Operands, every: int) -> abi.Given:
-    cell, arrays = operands.cell, operands.arrays
+    arrays, pointer = operands.arrays, operands.library.pointer
     L, B, D, d = operands.sizes
     return abi.Given(
         L=L,
@@ -102,14 +89,14 @@ def _given(operands: Operands, every: int) -> abi.Given:
         D=D,
         d=d,
         every=every,
-        lengths=_pointer(operands.lengths),
-        mask=_pointer(operands.mask),
-        reset=_pointer(operands.reset),
-        gates=_slots_of_kind(cell, "gates", arrays),
-        inputs=_slots_of_kind(cell, "inputs", arrays),
-        per_sequence=_slots_of_kind(cell, "per_sequence", arrays),
-        params=_slots_of_kind(cell, "params", arrays),
-        c0=[_pointer(a) for a in operands.c0],
+        lengths=pointer(operands.lengths),
+        mask=pointer(operands.mask),
+        reset=pointer(operands.reset),
+        gates=_slots_of_kind(operands, "gates", arrays),
+        inputs=_slots_of_kind(operands, "inputs", arrays),
+        per_sequence=_slots_of_kind(operands, "per_sequence", arrays),
+        params=_slots_of_kind(operands, "params", arrays),
+        c0=[pointer(a) for a in operands.c0],
         constants=operands.constants,
     )
 
@@ -129,18 +116,19 @@ def forward(
     L, B, D, d = operands.sizes
     acc = operands.accumulator
     saved_dtype = saved_dtype or name_of(acc)
-    n_states = len(operands.cell.state)
+    library, n_states = operands.library, len(operands.cell.state)
+    pointer, empty = library.pointer, library.empty
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
     last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
     kept = -(-L // every) if every else 0
     saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)]
     arguments = abi.Forward(
         given=_given(operands, every),
-        h=_pointer(h),
-        c_last=[_pointer(a) for a in last],
-        saved=[_pointer(a) if every else 0 for a in saved],
+        h=pointer(h),
+        c_last=[pointer(a) for a in last],
+        saved=[pointer(a) if every else 0 for a in saved],
     )
-    launch.run(operands.variant(saved_dtype), arguments)
+    launch.run(operands.variant(saved_dtype), arguments, library.device, library.stream())
     return h, last, saved
 
 
@@ -156,7 +144,8 @@ def backward(
 
     Gradients of gates and inputs have the dtype of what they are the gradient of, all others that of the state.
     """
-    cell, acc = operands.cell, operands.accumulator
+    cell, acc, library = operands.cell, operands.accumulator, operands.library
+    pointer, empty = library.pointer, library.empty
     _, B, D, d = operands.sizes
     gradients = {}
     for a in cell.arrays:
@@ -164,21 +153,23 @@ def backward(
             array = operands.arrays[a.name]
             gradients[a.name] = empty(array.shape, array.dtype if a.kind in _STEP_KINDS else acc)
     dc0 = [empty((D, B, d), acc) for _ in cell.state]
-    states = [empty((every, B, D, d), acc) if every > 1 else None for _ in cell.state]
-    partial = empty((B, D, len(cell.params), d + _PADDING), acc)
+    variant = operands.variant(name_of(saved[0].dtype))
+    scratch = launch.needs_scratch(variant, every, library.device)
+    states = [empty((every, B, D, d), acc) if scratch else None for _ in cell.state]
+    row = d + library.row_padding
+    partial = empty((B, D, len(cell.params), row), acc)
     arguments = abi.Backward(
         given=_given(operands, every),
-        dh=_pointer(dh),
-        dc_last=[_pointer(a) for a in dc_last],
-        saved=[_pointer(a) for a in saved],
-        states=[_pointer(a) for a in states],
-        partial=abi.Slot(_pointer(partial), d + _PADDING),
-        dgates=_slots_of_kind(cell, "gates", gradients),
-        dinputs=_slots_of_kind(cell, "inputs", gradients),
-        dper_sequence=_slots_of_kind(cell, "per_sequence", gradients),
-        dparams=_slots_of_kind(cell, "params", gradients),
-        dc0=[_pointer(a) for a in dc0],
+        dh=pointer(dh),
+        dc_last=[pointer(a) for a in dc_last],
+        saved=[pointer(a) for a in saved],
+        states=[pointer(a) for a in states],
+        partial=abi.Slot(pointer(partial), row),
+        dgates=_slots_of_kind(operands, "gates", gradients),
+        dinputs=_slots_of_kind(operands, "inputs", gradients),
+        dper_sequence=_slots_of_kind(operands, "per_sequence", gradients),
+        dparams=_slots_of_kind(operands, "params", gradients),
+        dc0=[pointer(a) for a in dc0],
     )
-    saved_dtype = name_of(saved[0].dtype)
-    launch.run(operands.variant(saved_dtype), arguments)
+    launch.run(variant, arguments, library.device, library.stream())
     return gradients, dc0

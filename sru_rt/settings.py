@@ -65,6 +65,22 @@ def pool_bytes() -> int:
     return int(value or 512) << 20
 
 
+def plan_text() -> str:
+    """SRU_RT_PLAN, as it is."""
+    return os.environ.get("SRU_RT_PLAN", "")
+
+
+def plan() -> dict[str, int]:
+    """SRU_RT_PLAN: overrides what the planner decides for a GPU, such as `depth=16,threads=64,width=1`."""
+    value = plan_text().strip()
+    try:
+        return {name.strip(): int(number) for name, _, number in (p.partition("=") for p in value.split(",") if value)}
+    except ValueError:
+        raise ArgumentError(
+            f"SRU_RT_PLAN must be a list such as depth=16,threads=64 (got {value!r}); unset it for the default"
+        ) from None
+
+
 def path() -> str:
     """PATH: where the compiler is looked for."""
     return os.environ.get("PATH", "")
@@ -75,6 +91,14 @@ def environment_of_compiler() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")}
 
 
+def tf32() -> bool:
+    """SRU_RT_TF32: 1 lets products of float32 arrays on a GPU round their operands to 10 bits, for speed."""
+    return os.environ.get("SRU_RT_TF32", "") not in ("", "0")
+
+
 def debug() -> bool:
-    """SRU_RT_DEBUG: 1 logs compilation and cache use to the logger `sru_rt` on standard error."""
+    """SRU_RT_DEBUG: 1 logs compilation and cache use to the logger `sru_rt` on standard error.
+
+    It also has lengths checked that are on a GPU, which waits for it.
+    """
     return os.environ.get("SRU_RT_DEBUG", "") not in ("", "0")

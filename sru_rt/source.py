@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import CompileError
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 CPP_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
@@ -40,6 +44,27 @@ def cpu_kernel(cell_text: str, struct_name: str, dtype: str, saved_dtype: str, w
         f'#include "cpu_sweep.h"\n{cell_text}\n'
         f"SRU_CPU_KERNEL({struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u)\n"
     )
+
+
+def gpu_kernel(
+    cell_text: str, struct_name: str, dtype: str, saved_dtype: str, wide: int, plan: Plan, struct_bytes: int
+) -> str:
+    """The compile unit of one pass of a cell under a plan; see the end of gpu_sweep.h."""
+    types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
+    strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
+    flags = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
+    numbers = ("width", "depth", "threads", "keep")
+    return f"""#include "gpu_sweep.h"
+{cell_text}
+struct plan {{
+  static constexpr int {", ".join(f"{name} = {getattr(plan, name)}" for name in numbers)};
+  static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, gate_stride = {plan.gate_stride};
+  static constexpr bool {", ".join(f"{name} = {str(getattr(plan, name)).lower()}" for name in flags)};
+  static constexpr unsigned wants_inputs = {plan.wants_inputs}u;
+  SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}
+}};
+SRU_GPU_{"FORWARD" if plan.forward else "BACKWARD"}({types}, plan, {struct_bytes})
+"""
 
 
 def pool() -> str:

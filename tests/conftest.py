@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sru_rt import memory, projection, recurrence
+from sru_rt import memory, on_numpy
 
 
 def poisoned(shape, dtype, _empty=memory.empty):
@@ -17,8 +17,7 @@ def poisoned(shape, dtype, _empty=memory.empty):
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     assert np.isnan(poisoned((3, 5), np.dtype(np.float32))).all()
-    for module in (recurrence, projection):
-        monkeypatch.setattr(module, "empty", poisoned)
+    monkeypatch.setattr(on_numpy, "empty", poisoned)
 
 
 @pytest.fixture(params=["compiled", "numpy"])
@@ -34,3 +33,25 @@ def many_tasks(monkeypatch):
 
     monkeypatch.setattr(launch, "_ELEMENTS_PER_TASK", 1)
     monkeypatch.setenv("SRU_RT_NUM_THREADS", "3")
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory):
+    """Gives one folder for each name, empty at the start of the session."""
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def place(request, monkeypatch, kernel_cache):
+    """Where the GPU's kernels run: see gpu_places.py."""
+    import gpu_places
+
+    with gpu_places.at(request.param, monkeypatch, kernel_cache) as it:
+        yield it

@@ -83,7 +83,7 @@ PLANTED = {
     "store a whole pack at the end of a row": Job(
         "address",
         "basic",
-        "port.h",
+        "port_cpu.h",
         "  for (int i = 0; i < n; i++) p[i] = lanes[i];\n}\n\n// ---",
         "  store(p, a);\n}\n\n// ---",
         HEAP,
@@ -99,7 +99,7 @@ PLANTED = {
     "take the natural alignment for granted": Job(
         "address",
         "basic",
-        "port.h",
+        "port_cpu.h",
         "vector_size(sizeof(T) * W), aligned(sizeof(T)), may_alias",
         "vector_size(sizeof(T) * W), may_alias",
         r"runtime error: (load of|store to) misaligned address",

@@ -1,9 +1,9 @@
 // clang-format off
 // Written by sru_rt from the step function of sru_no_skip; change that one.
 //
-//   f = sigmoid(uf + v_f*c' + b_f)
+//   f = sigmoid(uf + b_f + v_f*c')
 //   c = f*c' + (1 - f)*u0
-//   r = sigmoid(ur + v_r*c' + b_r)
+//   r = sigmoid(ur + b_r + v_r*c')
 //   h = c*r
 #pragma once
 
@@ -17,9 +17,9 @@ struct sru_no_skip_cell {
     const real u0 = gate[0], uf = gate[1], ur = gate[2];
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real c = fma(f, c_prev, (real(1.0) - f) * u0);
-    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
     new_state[0] = c;
     *new_h = c * r;
   }
@@ -33,9 +33,9 @@ struct sru_no_skip_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
     const real dc = fma(dh, r, dc_next);
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real t1 = real(1.0) - f;
     const real df = fma(dc, c_prev, -(dc * u0));
     const real t2 = df * (f * t1);

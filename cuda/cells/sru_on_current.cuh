@@ -1,10 +1,10 @@
 // clang-format off
 // Written by sru_rt from the step function of sru_on_current; change that one.
 //
-//   f = sigmoid(uf + v_f*c' + b_f)
+//   f = sigmoid(uf + b_f + v_f*c')
 //   c = f*c' + (1 - f)*u0
 //   skip = alpha*x
-//   r = sigmoid(ur + v_r*c + b_r)
+//   r = sigmoid(ur + b_r + v_r*c)
 //   h = skip + (c - skip)*r
 #pragma once
 
@@ -20,10 +20,10 @@ struct sru_on_current_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real c = fma(f, c_prev, (real(1.0) - f) * u0);
     const real skip = alpha * x;
-    const real r = sigmoid(fma(v_r, c, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c, ur + b_r));
     const real h = fma(c - skip, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -40,12 +40,12 @@ struct sru_on_current_cell {
     const real c_prev = state[0];
     const real alpha = constant[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real t1 = real(1.0) - f;
     const real c = fma(f, c_prev, t1 * u0);
     const real skip = alpha * x;
     const real dr = dh * (c - skip);
-    const real r = sigmoid(fma(v_r, c, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c, ur + b_r));
     const real t2 = dr * (r * (real(1.0) - r));
     const real t3 = dh * r;
     const real dc = fma(t2, v_r, dc_next) + t3;

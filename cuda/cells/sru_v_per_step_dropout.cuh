@@ -1,10 +1,10 @@
 // clang-format off
 // Written by sru_rt from the step function of sru_v_per_step_dropout; change that one.
 //
-//   f = sigmoid(uf + v_f*c' + b_f)
+//   f = sigmoid(uf + b_f + v_f*c')
 //   c = f*c' + (1 - f)*u0
 //   skip = alpha*x
-//   r = sigmoid(ur + v_r*c' + b_r)
+//   r = sigmoid(ur + b_r + v_r*c')
 //   h = skip + (c - skip)*m*r
 #pragma once
 
@@ -21,10 +21,10 @@ struct sru_v_per_step_dropout_cell {
     const real b_f = param[0], b_r = param[1];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real c = fma(f, c_prev, (real(1.0) - f) * u0);
     const real skip = alpha * x;
-    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
     const real h = fma((c - skip) * m, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -42,11 +42,11 @@ struct sru_v_per_step_dropout_cell {
     const real c_prev = state[0];
     const real alpha = constant[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur) + b_r);
+    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
     const real t1 = dh * r;
     const real t2 = t1 * m;
     const real dc = dc_next + t2;
-    const real f = sigmoid(fma(v_f, c_prev, uf) + b_f);
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
     const real t3 = real(1.0) - f;
     const real df = fma(dc, c_prev, -(dc * u0));
     const real t4 = df * (f * t3);

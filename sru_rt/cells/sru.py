@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, layer
+from .. import arrays, layer, library
 from ..arrays import array_function
 from ..cell import Array, Cell
 from ..check import Check
@@ -26,6 +26,7 @@ from ..dtypes import IO_DTYPES, to_numpy
 from ..errors import ShapeError
 from ..gradients import Gradients
 from ..graph import relu, sigmoid, tanh
+from ..library import NDArray
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"identity": lambda c: c, "tanh": tanh, "relu": relu}
 
@@ -62,13 +63,13 @@ def sru_cell(o: Options) -> Cell:
     """The SRU cell with the given options."""
 
     def step(u0, uf, c, ur=None, u3=None, x=None, b_f=0, b_r=0, v_f=0, v_r=0, m=1, alpha=1):  # type: ignore[no-untyped-def]
-        f = sigmoid(uf + v_f * c + b_f)
+        f = sigmoid(uf + b_f + v_f * c)
         c_previous = c
         c = f * c + (1 - f) * u0
         g = ACTIVATIONS[o.activation](c)
         if not o.reset_gate:
             return c, g * m
-        r = sigmoid(ur + v_r * (c_previous if o.reset_on == "previous" else c) + b_r)
+        r = sigmoid(ur + b_r + v_r * (c_previous if o.reset_on == "previous" else c))
         if o.skip == "none":
             return c, g * m * r
         skip = u3 if o.skip == "projected" else alpha * x
@@ -141,7 +142,8 @@ def sru_forward(
             x[..., q*d:(q+1)*d]), or u3 if k = 4.
         reset_gate: False is the basic form, h = g(c)*m, without a skip (ICLR section 2.1).
         reset_on: "previous", r sees c[t-1] (EMNLP equation 3); "current", r sees c[t] (Algorithm 1 as printed).
-        lengths: (B,), integers from 0 to L; later steps do not exist: h is 0 there and the state is carried.
+        lengths: (B,), integers from 0 to L (a list, or beside arrays on a GPU an array of NumPy, will do); later steps
+            do not exist: h is 0 there and the state is carried.
         mask: (L, B), True is padding: h is 0 there and the state is carried.
         reset: (L, B), True: the state is 0 before this step; the reverse direction resets on the other side of the
             same boundary. Beyond `lengths` it has no effect.
@@ -270,7 +272,7 @@ def sru_step(
     dtype, projection = _projection(check, "B d_in", x, weight)
     options = _options(check, "weight", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
     values = {"x": projection.x, "weight": weight, "bias": bias, "v": v, "c0": c, "dropout_mask": dropout_mask}
-    if isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], np.ndarray):
+    if isinstance(out, (tuple, list)) and len(out) == 2 and library.of(out[0]):
         check.set("D*d", check["D"] * check["d"], "weight")
         check.shape("out[0]", out[0], "B D*d")
         out = (out[0][None], out[1])
@@ -448,7 +450,7 @@ def _run(
     return layer.forward(check, cell, dtype, values, (alpha,) if cell.constants else (), shared, projection)
 
 
-def _skip(check: Check, x: Any, dtype: str, gates: str) -> np.ndarray[Any, Any]:
+def _skip(check: Check, x: Any, dtype: str, gates: str) -> NDArray:
     """x as the skip, (L, B, D, d): each direction has its own part."""
     x = check.array("x", x, "L B d_in", (dtype,))
     D, d = check["D"], check["d"]
@@ -459,4 +461,4 @@ def _skip(check: Check, x: Any, dtype: str, gates: str) -> np.ndarray[Any, Any]:
             "fourth gate for a projected skip (sru_init does so), or pass highway=False",
             ShapeError,
         )
-    return np.ascontiguousarray(x).reshape(*x.shape[:2], D, d)
+    return check.library.xp.ascontiguousarray(x).reshape(*x.shape[:2], D, d)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import sru_rt
-from sru_rt import launch, projection, recurrence
+from sru_rt import launch, on_numpy
 from sru_rt.dtypes import to_numpy
 
 # One compiled kernel each; between them all kinds of array, all dtypes of arrays and of kept states.
@@ -113,7 +113,7 @@ def layer(dtype: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    recurrence.empty = projection.empty = exact
+    on_numpy.empty = exact
     launch._ELEMENTS_PER_TASK = 1
     n = 0
     for name in names:

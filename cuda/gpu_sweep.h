@@ -1,0 +1,545 @@
+// Sweeps over time on the GPU, for any cell. A thread owns a few neighbouring channels of one sequence and direction:
+// it carries their state in registers from step to step, and reads ahead into a ring of registers, deep enough that
+// memory is always busy. Neighbouring threads own neighbouring channels, so that a warp reads whole lines.
+//
+// `Plan` holds what is compiled in (see sru_rt/plan.py): sizes but L, strides, depths, and what is given and wanted, so
+// that addresses are constants beside one pointer for each array.
+#pragma once
+
+#include "arguments.h"
+
+template <class Cell, class Io, class Saved, unsigned wide, class Plan>
+struct GpuSweep {
+  typedef typename Storage<Io>::acc acc;
+  typedef Vec<acc, Plan::width> real;
+  typedef RecurrenceArguments<Cell> Given;
+  static constexpr int width = Plan::width;
+  static_assert(Plan::d % width == 0, "a pack of channels lies in one row");
+
+  template <class T>
+  using Pack = Packed<T, width>;
+
+  SRU_FN constexpr bool is_wide(int i) { return (wide >> i) & 1; }
+  SRU_FN index_t batch(const Given &a) { return Plan::B ? Plan::B : a.B; }
+
+  // The channels of this thread, and the steps that exist: those of its sequence. The others are padding.
+  struct Part {
+    index_t b, j, length;
+    bool idle;
+
+    SRU_MEMBER explicit Part(const Given &a) {
+      constexpr index_t packs = Plan::d / width;
+      const index_t n = index_t(blockIdx.x) * Plan::threads + threadIdx.x;
+      idle = n >= batch(a) * packs;
+      b = n / packs;
+      j = (n - b * packs) * width;
+      length = a.L;
+      if (a.lengths && !idle) length = clamp(a.lengths[b], 0, a.L);
+    }
+    SRU_MEMBER index_t row(int q) const { return b * Plan::D + q; }  // within one step
+  };
+  SRU_FN index_t clamp(index_t i, index_t low, index_t high) { return i < low ? low : i > high ? high : i; }
+
+  // The offset of a thread's channels in an array of states (D, B, d).
+  SRU_FN index_t state_offset(const Given &a, const Part &at, int q) { return (q * batch(a) + at.b) * Plan::d + at.j; }
+
+  // What is read once has no demands on its alignment.
+  SRU_FN real read_each(const acc *p) {
+    real x;
+    for (int i = 0; i < width; i++) x.v[i] = p[i];
+    return x;
+  }
+  SRU_FN void write_each(acc *p, real x) {
+    for (int i = 0; i < width; i++) p[i] = x.v[i];
+  }
+
+  // What step() is given beside the arrays over time.
+  struct Fixed {
+    real per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
+    real constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
+
+    SRU_MEMBER Fixed(const Given &a, const Part &at, int q) {
+      for (int i = 0; i < Cell::n_per_sequence; i++)
+        per_sequence[i] = read_each((const acc *)a.per_sequence[i].data + at.row(q) * a.per_sequence[i].stride + at.j);
+      for (int i = 0; i < Cell::n_params; i++)
+        param[i] = read_each((const acc *)a.param[i].data + q * a.param[i].stride + at.j);
+      for (int i = 0; i < Cell::n_constants; i++) constant[i] = real(a.constant[i]);
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Reading ahead
+
+  // One step of the arrays over time, as it is in memory.
+  struct Row {
+    Pack<Io> gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    Pack<acc> wide_input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    bool padded, starts_anew;
+  };
+
+  // The same as numbers.
+  struct Values {
+    real gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+
+    SRU_MEMBER explicit Values(const Row &row) {
+      for (int i = 0; i < Cell::n_gates; i++) gate[i] = widen(row.gate[i]);
+      for (int i = 0; i < Cell::n_inputs; i++) input[i] = is_wide(i) ? widen(row.wide_input[i]) : widen(row.input[i]);
+    }
+  };
+
+  // Reads rows of direction `reverse` from time `t` on, upwards in time or downwards.
+  template <bool reverse, bool upwards>
+  struct Reader {
+    const Given &a;
+    index_t t, length, rows;  // `rows` of one step lie between two steps of a sequence
+    const Io *gate;
+    const void *input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    const unsigned char *mask, *reset;
+
+    SRU_MEMBER Reader(const Given &a, const Part &at, index_t t) : a(a), t(t), length(at.length) {
+      rows = (upwards ? 1 : -1) * batch(a) * Plan::D;
+      const index_t row = t * batch(a) * Plan::D + at.row(reverse);
+      gate = (const Io *)a.gate[0].data + row * Plan::gate_stride + at.j;
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = row * Plan::input_stride(i) + at.j;
+        input[i] = is_wide(i) ? (const void *)((const acc *)a.input[i].data + offset)
+                              : (const void *)((const Io *)a.input[i].data + offset);
+      }
+      // A boundary stands before step t; the reverse direction crosses it on its way from t to t - 1.
+      if (Plan::has_mask) mask = a.mask + t * batch(a) + at.b;
+      if (Plan::has_reset) reset = a.reset + (t + reverse) * batch(a) + at.b;
+    }
+
+    // The row k steps on.
+    SRU_MEMBER Row read(index_t k) const {
+      Row row;
+      for (int i = 0; i < Cell::n_gates; i++)
+        row.gate[i] = load_once_packed<Io, width>(gate + k * rows * Plan::gate_stride + i * Plan::d);
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = k * rows * Plan::input_stride(i);
+        if (is_wide(i))
+          row.wide_input[i] = load_once_packed<acc, width>((const acc *)input[i] + offset);
+        else
+          row.input[i] = load_once_packed<Io, width>((const Io *)input[i] + offset);
+      }
+      const index_t step = (upwards ? k : -k) * batch(a);
+      row.padded = Plan::has_mask && mask[step];
+      row.starts_anew = Plan::has_reset && (!reverse || t + (upwards ? k : -k) + 1 < length) && reset[step];
+      return row;
+    }
+    SRU_MEMBER void advance(index_t k) {
+      gate += k * rows * Plan::gate_stride;
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = k * rows * Plan::input_stride(i);
+        input[i] =
+            is_wide(i) ? (const void *)((const acc *)input[i] + offset) : (const void *)((const Io *)input[i] + offset);
+      }
+      t += upwards ? k : -k;
+      if (Plan::has_mask) mask += (upwards ? k : -k) * batch(a);
+      if (Plan::has_reset) reset += (upwards ? k : -k) * batch(a);
+    }
+  };
+
+  // Calls work.take(row, k) for n rows in turn, which are read Plan::depth rows ahead. k counts from the last call of
+  // work.advance() on. The ring is only ever indexed by constants, so that it stays in registers. The way out before
+  // each step also keeps the assembler from gathering the loads of a whole lap at its top, which took twice the
+  // registers.
+  template <class From, class Work>
+  SRU_FN void sweep(From &from, index_t n, Work &work) {
+    constexpr int depth = Plan::depth;
+    decltype(from.read(0)) ring[depth];
+    int left = int(n);
+#pragma unroll
+    for (int k = 0; k < depth; k++)
+      if (k < left) ring[k] = from.read(k);
+    while (true) {
+#pragma unroll
+      for (int k = 0; k < depth; k++) {
+        if (k >= left) return;
+        work.take(ring[k], k);
+        if (k + depth < left) ring[k] = from.read(k + depth);
+      }
+      from.advance(depth);
+      work.advance(depth);
+      left -= depth;
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Forward
+
+  // The state after one step, and h.
+  SRU_FN void step(const Row &row, const Fixed &fixed, real *state, real *h) {
+    const Values in(row);
+    real new_state[Cell::n_state];
+    for (int i = 0; i < Cell::n_state; i++)
+      if (row.starts_anew) state[i] = real(0);
+    Cell::template step<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, new_state, h);
+    for (int i = 0; i < Cell::n_state; i++)
+      if (!row.padded) state[i] = new_state[i];
+    if (row.padded) *h = real(0);
+  }
+
+  // Copies of the state for the backward, before steps 0, every, 2*every, ... of the direction.
+  struct Keeper {
+    Saved *to[Cell::n_state];  // the next copy; where Plan::keep is 1, that of the first step of a lap
+    index_t rows;
+    int every, left;  // `left` steps from now is the next copy
+
+    SRU_MEMBER Keeper(const ForwardArguments<Cell> &f, const Part &at, int q) : left(0) {
+      rows = batch(f.given) * Plan::D * Plan::d;
+      every = Plan::keep == 1 ? 1 : int(f.given.every);
+      for (int i = 0; Plan::keep && i < Cell::n_state; i++) to[i] = (Saved *)f.saved[i] + at.row(q) * Plan::d + at.j;
+    }
+    // Before step k of a lap.
+    SRU_MEMBER void before_step(const real *state, int k) {
+      if (Plan::keep == 1)
+        for (int i = 0; i < Cell::n_state; i++) store_once(to[i] + k * rows, narrow<Saved>(state[i]));
+      if (Plan::keep > 1) {
+        if (left == 0) copy(state);
+        left--;
+      }
+    }
+    SRU_MEMBER void advance(index_t k) {
+      if (Plan::keep == 1)
+        for (int i = 0; i < Cell::n_state; i++) to[i] += k * rows;
+    }
+    // `n` steps of padding, which nothing passes but the state.
+    SRU_MEMBER void skip(const real *state, int n) {
+      if (!Plan::keep) return;
+      while (n > left) {
+        n -= left;
+        copy(state);
+      }
+      left -= n;
+    }
+    SRU_MEMBER void copy(const real *state) {
+      for (int i = 0; i < Cell::n_state; i++) {
+        store_once(to[i], narrow<Saved>(state[i]));
+        to[i] += rows;
+      }
+      left = every;
+    }
+  };
+
+  template <bool reverse>
+  struct Forward {
+    const Fixed &fixed;
+    Keeper &keep;
+    Io *h;
+    index_t h_step;
+    real state[Cell::n_state];
+
+    SRU_MEMBER void take(const Row &row, int k) {
+      keep.before_step(state, k);
+      real new_h;
+      step(row, fixed, state, &new_h);
+      store(h + k * h_step, narrow<Io>(new_h));
+    }
+    SRU_MEMBER void advance(index_t k) {
+      keep.advance(k);
+      h += k * h_step;
+    }
+  };
+
+  template <bool reverse>
+  SRU_FN void forward_direction(const ForwardArguments<Cell> &f) {
+    const Given &a = f.given;
+    const Part at(a);
+    if (at.idle) return;
+    const index_t first = reverse ? at.length - 1 : 0, rows = batch(a) * Plan::D * Plan::d;
+    Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
+    const Fixed fixed(a, at, reverse);
+    Keeper keep(f, at, reverse);
+    Forward<reverse> work = {fixed, keep, h + first * rows, reverse ? -rows : rows};
+    for (int i = 0; i < Cell::n_state; i++)
+      work.state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
+    if (reverse) keep.skip(work.state, int(a.L - at.length));
+    Reader<reverse, !reverse> from(a, at, first);
+    sweep(from, at.length, work);
+    if (!reverse) {
+      keep.advance(at.length % Plan::depth);  // of the last lap
+      keep.skip(work.state, int(a.L - at.length));
+    }
+    for (index_t t = at.length; t < a.L; t++) store(h + t * rows, narrow<Io>(real(0)));
+    for (int i = 0; i < Cell::n_state; i++)
+      write_each((acc *)f.c_last[i] + state_offset(a, at, reverse), work.state[i]);
+  }
+
+  SRU_FN void forward(const ForwardArguments<Cell> &f) {
+    if (Plan::D == 1 || blockIdx.y == 0)
+      forward_direction<false>(f);
+    else
+      forward_direction<true>(f);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Backward
+
+  // A row, the gradient of h there, and the states before the step.
+  template <class State>
+  struct BackRow {
+    Row row;
+    Pack<Io> dh;
+    Pack<State> state[Cell::n_state];
+  };
+
+  // Reads rows against the direction of the recurrence. `State` is the type of the states that it reads: `Saved`, or
+  // `acc` where this kernel has recomputed them.
+  template <bool reverse, class State>
+  struct BackReader {
+    Reader<reverse, reverse> rows;
+    const Io *dh;
+    const State *state[Cell::n_state];
+    index_t dh_step, state_step;
+
+    SRU_MEMBER BackRow<State> read(index_t k) const {
+      BackRow<State> back;
+      back.row = rows.read(k);
+      back.dh = load_once_packed<Io, width>(dh + k * dh_step);
+      for (int i = 0; i < Cell::n_state; i++)
+        back.state[i] = Plan::keep == 1 ? load_once_packed<State, width>(state[i] - k * state_step)
+                                        : load_packed<State, width>(state[i] - k * state_step);
+      return back;
+    }
+    SRU_MEMBER void advance(index_t k) {
+      rows.advance(k);
+      dh += k * dh_step;
+      for (int i = 0; i < Cell::n_state; i++) state[i] -= k * state_step;
+    }
+  };
+
+  SRU_FN constexpr bool wants_input(int i) { return (Plan::wants_inputs >> i) & 1; }
+
+  // The adjoint of the state, the sums over time, and where the gradients of the next step go.
+  template <bool reverse>
+  struct Backward {
+    const Fixed &fixed;
+    Io *dgate;
+    void *dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+    index_t rows;
+    real dstate[Cell::n_state];
+    real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
+
+    SRU_MEMBER Backward(const BackwardArguments<Cell> &f, const Part &at, const Fixed &fixed) : fixed(fixed) {
+      const Given &a = f.given;
+      rows = (reverse ? 1 : -1) * batch(a) * Plan::D;
+      start(f, at, reverse ? 0 : at.length - 1);
+      for (int i = 0; i < Cell::n_state; i++)
+        dstate[i] = f.dc_last[i] ? read_each((const acc *)f.dc_last[i] + state_offset(a, at, reverse)) : real(0);
+      for (int i = 0; i < Cell::n_per_sequence; i++) dper_sequence[i] = real(0);
+      for (int i = 0; i < Cell::n_params; i++) dparam[i] = real(0);
+    }
+    // Goes to the rows of time `t`.
+    SRU_MEMBER void start(const BackwardArguments<Cell> &f, const Part &at, index_t t) {
+      const index_t row = t * batch(f.given) * Plan::D + at.row(reverse);
+      if (Plan::wants_gates) dgate = (Io *)f.dgate[0].data + row * Plan::gate_stride + at.j;
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        if (!wants_input(i)) continue;
+        const index_t offset = row * Plan::input_stride(i) + at.j;
+        dinput[i] = is_wide(i) ? (void *)((acc *)f.dinput[i].data + offset) : (void *)((Io *)f.dinput[i].data + offset);
+      }
+    }
+
+    template <class State>
+    SRU_MEMBER void take(const BackRow<State> &back, int k) {
+      real dgates[SRU_AT_LEAST_ONE(Cell::n_gates)], dinputs[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+      for (int i = 0; i < Cell::n_gates; i++) dgates[i] = real(0);
+      for (int i = 0; i < Cell::n_inputs; i++) dinputs[i] = real(0);
+      if (!back.row.padded) gradient(back, dgates, dinputs);
+      for (int i = 0; i < Cell::n_state; i++)
+        if (back.row.starts_anew) dstate[i] = real(0);
+      write(dgates, dinputs, k);
+    }
+
+    template <class State>
+    SRU_MEMBER void gradient(const BackRow<State> &back, real *dgates, real *dinputs) {
+      const Values in(back.row);
+      real state[Cell::n_state], dold_state[Cell::n_state];
+      real dper_step[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparams[SRU_AT_LEAST_ONE(Cell::n_params)];
+      for (int i = 0; i < Cell::n_state; i++) state[i] = back.row.starts_anew ? real(0) : real(widen(back.state[i]));
+      const real dh = widen(back.dh);
+      Cell::template gradient<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, dstate,
+                                    &dh, dgates, dinputs, dper_step, dparams, dold_state);
+      for (int i = 0; i < Cell::n_state; i++) dstate[i] = dold_state[i];
+      for (int i = 0; i < Cell::n_per_sequence; i++) dper_sequence[i] = dper_sequence[i] + dper_step[i];
+      for (int i = 0; i < Cell::n_params; i++) dparam[i] = dparam[i] + dparams[i];
+    }
+
+    SRU_MEMBER void write(const real *dgates, const real *dinputs, int k) {
+      if (Plan::wants_gates)
+        for (int i = 0; i < Cell::n_gates; i++)
+          store(dgate + k * rows * Plan::gate_stride + i * Plan::d, narrow<Io>(dgates[i]));
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        if (!wants_input(i)) continue;
+        const index_t offset = k * rows * Plan::input_stride(i);
+        if (is_wide(i))
+          store((acc *)dinput[i] + offset, narrow<acc>(dinputs[i]));
+        else
+          store((Io *)dinput[i] + offset, narrow<Io>(dinputs[i]));
+      }
+    }
+    SRU_MEMBER void advance(index_t k) {
+      if (Plan::wants_gates) dgate += k * rows * Plan::gate_stride;
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        if (!wants_input(i)) continue;
+        const index_t offset = k * rows * Plan::input_stride(i);
+        dinput[i] = is_wide(i) ? (void *)((acc *)dinput[i] + offset) : (void *)((Io *)dinput[i] + offset);
+      }
+    }
+
+    // Zeros for the rows of padding.
+    SRU_MEMBER void pad(const BackwardArguments<Cell> &f, const Part &at) {
+      real dgates[SRU_AT_LEAST_ONE(Cell::n_gates)], dinputs[SRU_AT_LEAST_ONE(Cell::n_inputs)];
+      for (int i = 0; i < Cell::n_gates; i++) dgates[i] = real(0);
+      for (int i = 0; i < Cell::n_inputs; i++) dinputs[i] = real(0);
+      for (index_t t = at.length; t < f.given.L; t++) {
+        start(f, at, t);
+        write(dgates, dinputs, 0);
+      }
+    }
+    SRU_MEMBER void finish(const BackwardArguments<Cell> &f, const Part &at) const {
+      for (int i = 0; i < Cell::n_state; i++)
+        write_each((acc *)f.dc0[i] + state_offset(f.given, at, reverse), dstate[i]);
+      for (int i = 0; i < Cell::n_per_sequence; i++) {
+        const Slot &to = f.dper_sequence[i];
+        if (to.data) write_each((acc *)to.data + at.row(reverse) * to.stride + at.j, dper_sequence[i]);
+      }
+      for (int i = 0; i < Cell::n_params; i++)
+        if (f.dparam[i].data)
+          write_each((acc *)f.partial.data + (at.row(reverse) * Cell::n_params + i) * f.partial.stride + at.j,
+                     dparam[i]);
+    }
+  };
+
+  // Reads the states that the forward kept before every step.
+  template <bool reverse>
+  SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, Backward<reverse> &work) {
+    const Given &a = f.given;
+    const index_t rows = batch(a) * Plan::D * Plan::d, t = reverse ? 0 : at.length - 1, s = reverse ? a.L - 1 : t;
+    const index_t offset = at.row(reverse) * Plan::d + at.j;
+    BackReader<reverse, Saved> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
+    for (int i = 0; i < Cell::n_state; i++) from.state[i] = (const Saved *)f.saved[i] + s * rows + offset;
+    from.dh_step = reverse ? rows : -rows;
+    from.state_step = rows;
+    sweep(from, at.length, work);
+  }
+
+  // The states before the steps of one piece, recomputed: in shared memory, or in the scratch that was given.
+  struct Scratch {
+    acc *state[Cell::n_state];
+    index_t step;
+
+    SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q) {
+      extern __shared__ __align__(16) unsigned char sru_shared[];
+      step = Plan::scratch_in_shared ? Plan::threads * width : batch(f.given) * Plan::D * Plan::d;
+      for (int i = 0; i < Cell::n_state; i++)
+        state[i] = Plan::scratch_in_shared ? (acc *)sru_shared + i * f.given.every * step + threadIdx.x * width
+                                           : (acc *)f.states[i] + at.row(q) * Plan::d + at.j;
+    }
+  };
+
+  struct Replay {
+    const Fixed &fixed;
+    Scratch to;
+    real state[Cell::n_state];
+
+    SRU_MEMBER void take(const Row &row, int k) {
+      for (int i = 0; i < Cell::n_state; i++) store(to.state[i] + k * to.step, narrow<acc>(state[i]));
+      real h;
+      step(row, fixed, state, &h);
+    }
+    SRU_MEMBER void advance(index_t k) {
+      for (int i = 0; i < Cell::n_state; i++) to.state[i] += k * to.step;
+    }
+  };
+
+  // Piece by piece, last piece first: recomputes the states from the one that was kept, then goes back over the piece.
+  // Steps are counted as the direction goes; those of the sequence are [begin, end).
+  template <bool reverse>
+  SRU_FN void backward_from_pieces(const BackwardArguments<Cell> &f, const Part &at, const Fixed &fixed,
+                                   Backward<reverse> &work) {
+    const Given &a = f.given;
+    const index_t rows = batch(a) * Plan::D * Plan::d, offset = at.row(reverse) * Plan::d + at.j;
+    const index_t begin = reverse ? a.L - at.length : 0, end = begin + at.length;
+    const Scratch scratch(f, at, reverse);
+    for (index_t last = end; last > begin;) {
+      const index_t piece = (last - 1) / a.every, first = clamp(piece * a.every, begin, last), n = last - first;
+      Replay replay = {fixed, scratch};
+      for (int i = 0; i < Cell::n_state; i++)
+        replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + piece * rows + offset));
+      Reader<reverse, !reverse> forwards(a, at, reverse ? a.L - 1 - first : first);
+      sweep(forwards, n, replay);
+
+      const index_t t = reverse ? a.L - last : last - 1;
+      BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.state[i] + (n - 1) * scratch.step;
+      from.dh_step = reverse ? rows : -rows;
+      from.state_step = scratch.step;
+      work.start(f, at, t);
+      sweep(from, n, work);
+      last = first;
+    }
+  }
+
+  template <bool reverse>
+  SRU_FN void backward_direction(const BackwardArguments<Cell> &f) {
+    const Part at(f.given);
+    if (at.idle) return;
+    const Fixed fixed(f.given, at, reverse);
+    Backward<reverse> work(f, at, fixed);
+    if constexpr (Plan::keep == 1)
+      backward_from_saved<reverse>(f, at, work);
+    else
+      backward_from_pieces<reverse>(f, at, fixed, work);
+    work.finish(f, at);
+    work.pad(f, at);
+  }
+
+  SRU_FN void backward(const BackwardArguments<Cell> &f) {
+    if (Plan::D == 1 || blockIdx.y == 0)
+      backward_direction<false>(f);
+    else
+      backward_direction<true>(f);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // Sums the parameters' gradients over sequences, in an order that depends on nothing but B: each of the block's
+  // `groups` rows of threads takes every groups-th sequence, then their sums are added in turn. A block serves 32
+  // channels of parameter blockIdx.y of direction blockIdx.z.
+
+  static constexpr int groups = 8;
+
+  SRU_FN void sum_partials(const BackwardArguments<Cell> &f) {
+    __shared__ acc sums[groups][32];
+    const Slot &to = f.dparam[blockIdx.y];
+    const index_t j = index_t(blockIdx.x) * 32 + threadIdx.x;
+    acc sum = 0;
+    if (to.data && j < Plan::d)
+      for (index_t b = threadIdx.y; b < batch(f.given); b += groups)
+        sum += ((const acc *)
+                    f.partial.data)[((b * Plan::D + blockIdx.z) * Cell::n_params + blockIdx.y) * f.partial.stride + j];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || !to.data || j >= Plan::d) return;
+    for (int i = 1; i < groups; i++) sum += sums[i][threadIdx.x];
+    ((acc *)to.data)[blockIdx.z * to.stride + j] = sum;
+  }
+};
+
+// The entry points of one compiled kernel. `bytes` is what the caller takes for the size of the struct.
+#define SRU_GPU_FORWARD(Cell, Io, Saved, wide, Plan, bytes)                                              \
+  static_assert(sizeof(ForwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree"); \
+  extern "C" __global__ void __launch_bounds__(Plan::threads)                                            \
+      forward(const __grid_constant__ ForwardArguments<Cell> f) {                                        \
+    GpuSweep<Cell, Io, Saved, wide, Plan>::forward(f);                                                   \
+  }
+#define SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)                                                          \
+  static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree");             \
+  extern "C" __global__ void __launch_bounds__(Plan::threads)                                                         \
+      backward(const __grid_constant__ BackwardArguments<Cell> f) {                                                   \
+    GpuSweep<Cell, Io, Saved, wide, Plan>::backward(f);                                                               \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_constant__ BackwardArguments<Cell> f) { \
+    GpuSweep<Cell, Io, Saved, wide, Plan>::sum_partials(f);                                                           \
+  }

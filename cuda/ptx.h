@@ -1,0 +1,108 @@
+// The few instructions of NVIDIA's GPUs that CUDA C++ has no name for, or one with other rounding. The tests put a file
+// of this name in its place, with the same functions in plain C++, to run kernels on the CPU.
+#pragma once
+
+#define SRU_PTX static __device__ __forceinline__
+
+// ------------------------------------------------------------------------------------------------------------------
+// Mathematics, on the special function unit; subnormal arguments and results count as 0.
+
+SRU_PTX float exp2_approx(float x) {  // relative error 2^-22
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SRU_PTX float reciprocal_approx(float x) {  // one unit in the last place
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Loads of what no thread writes and no other reads, past the first-level cache; and stores of what is not read again
+// soon.
+
+#define SRU_LOAD_ONCE(type, suffix, constraint)                                                                      \
+  SRU_PTX type load_once(const type *p) {                                                                            \
+    type a;                                                                                                          \
+    asm("ld.global.nc.L1::no_allocate." suffix " %0, [%1];" : "=" constraint(a) : "l"(__cvta_generic_to_global(p))); \
+    return a;                                                                                                        \
+  }
+#define SRU_LOAD_ONCE_2(type, suffix, constraint)                    \
+  SRU_PTX type load_once(const type *p) {                            \
+    type a;                                                          \
+    asm("ld.global.nc.L1::no_allocate.v2." suffix " {%0, %1}, [%2];" \
+        : "=" constraint(a.x), "=" constraint(a.y)                   \
+        : "l"(__cvta_generic_to_global(p)));                         \
+    return a;                                                        \
+  }
+#define SRU_STORE_ONCE(type, suffix, constraint)                                                                    \
+  SRU_PTX void store_once(type *p, type a) {                                                                        \
+    asm volatile("st.global.cs." suffix " [%0], %1;" ::"l"(__cvta_generic_to_global(p)), constraint(a) : "memory"); \
+  }
+#define SRU_STORE_ONCE_2(type, suffix, constraint)                                                                 \
+  SRU_PTX void store_once(type *p, type a) {                                                                       \
+    asm volatile("st.global.cs.v2." suffix " [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), constraint(a.x), \
+                 constraint(a.y)                                                                                   \
+                 : "memory");                                                                                      \
+  }
+SRU_LOAD_ONCE(unsigned short, "u16", "h")
+SRU_LOAD_ONCE(unsigned int, "u32", "r")
+SRU_LOAD_ONCE(float, "f32", "f")
+SRU_LOAD_ONCE(double, "f64", "d")
+SRU_LOAD_ONCE_2(float2, "f32", "f")
+SRU_LOAD_ONCE_2(double2, "f64", "d")
+SRU_STORE_ONCE(unsigned short, "u16", "h")
+SRU_STORE_ONCE(unsigned int, "u32", "r")
+SRU_STORE_ONCE(float, "f32", "f")
+SRU_STORE_ONCE(double, "f64", "d")
+SRU_STORE_ONCE_2(float2, "f32", "f")
+SRU_STORE_ONCE_2(double2, "f64", "d")
+#undef SRU_LOAD_ONCE
+#undef SRU_LOAD_ONCE_2
+#undef SRU_STORE_ONCE
+#undef SRU_STORE_ONCE_2
+
+// ------------------------------------------------------------------------------------------------------------------
+// 16-bit formats as bits; rounding is to nearest even. Of a pair, `low` is in the lower half, at the lower address.
+
+SRU_PTX float half_to_float(unsigned short h) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+}
+SRU_PTX unsigned short float_to_half(float x) {
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+SRU_PTX float bfloat_to_float(unsigned short h) { return __uint_as_float((unsigned int)h << 16); }
+
+#if __CUDA_ARCH__ >= 800
+SRU_PTX unsigned short float_to_bfloat(float x) {
+  unsigned short h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+SRU_PTX unsigned int floats_to_halves(float low, float high) {
+  unsigned int pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+SRU_PTX unsigned int floats_to_bfloats(float low, float high) {
+  unsigned int pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+#else
+SRU_PTX unsigned short float_to_bfloat(float x) {
+  const unsigned int b = __float_as_uint(x);
+  return x == x ? (b + 0x7fffu + ((b >> 16) & 1u)) >> 16 : 0x7fffu;
+}
+SRU_PTX unsigned int floats_to_halves(float low, float high) {
+  return float_to_half(low) | (unsigned int)float_to_half(high) << 16;
+}
+SRU_PTX unsigned int floats_to_bfloats(float low, float high) {
+  return float_to_bfloat(low) | (unsigned int)float_to_bfloat(high) << 16;
+}
+#endif
