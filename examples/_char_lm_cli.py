@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from _device import CHOICES, HELP
 
 TEXT_CAP = 6_000_000  # bytes of the default text
 NO_TEXT = set("test tests idle_test lib2to3 encodings pydoc_data site-packages dist-packages __pycache__".split())
@@ -116,6 +117,7 @@ def make_parser(description: str, model: dict) -> Parser:
     add("--d", type=count, metavar="N", help=f"hidden size (default {model['d']})")
     add("--embed", type=count, metavar="N", help=f"size of the embedding (default {model['embed']})")
     add("--dtype", choices=["float32", "float64"], help=f"of all arrays (default {model['dtype']})")
+    add("--device", choices=CHOICES, default="auto", help=HELP)
     add("--batch", type=count, default=32, metavar="N", help=f"parallel streams {default}")
     add("--length", type=count, default=64, metavar="N", help=f"characters of a piece {default}")
     add("--lr", type=positive, default=0.01, help=f"highest learning rate {default}")

@@ -1,4 +1,4 @@
-"""Train a character language model of stacked SRU layers with NumPy and sru_rt, and no other package.
+"""Train a character language model of stacked SRU layers with NumPy and sru_rt; on a GPU with CuPy, if it is there.
 
     python char_lm.py                         two minutes, on the source of Python's standard library
     python char_lm.py --text novel.txt        the same on a text of yours
@@ -10,6 +10,7 @@ model. The model is an embedding, SRU layers with highway skips and a softmax ov
 tenth of the text is kept for validation. Training is truncated back-propagation through time: the text runs
 as --batch parallel streams, and each piece of --length characters starts from the state that the piece
 before it left. With --steps the same seed gives the same weights again; --minutes depends on the machine.
+The code is written over `xp`, which is NumPy or CuPy, and a training step never waits for the GPU.
 
 Letters: L time steps, B sequences, d hidden size. Time comes first: tokens (L, B), hidden states (L, B, d).
 """
@@ -26,10 +27,11 @@ import zipfile
 
 import numpy as np
 from _char_lm_cli import Progress, check_writable, gzip_bits, make_parser, split_text, unigram_bits
+from _device import choose
 
 import sru_rt
 
-xp = np  # the library of the model's arrays; only to_device and to_host move arrays between it and NumPy
+xp = np  # the library of the model's arrays, set once; only to_device and to_host move arrays between it and NumPy
 VOCAB = 256
 TRAINED = ("weight", "bias", "v")  # the arrays in the dict of sru_init; the rest of it are options
 MODEL_DEFAULTS = {"layers": 4, "d": 128, "embed": 64, "dtype": "float32"}
@@ -40,7 +42,7 @@ def to_device(array):
 
 
 def to_host(array) -> np.ndarray:
-    return np.asarray(array)
+    return np.asarray(array) if xp is np else xp.asnumpy(array)
 
 
 class Model:
@@ -253,9 +255,11 @@ def make_model(args: argparse.Namespace, path: str | None, fail) -> tuple[Model,
 
 def run(args: argparse.Namespace, fail) -> int:
     """`fail` takes a message and does not return."""
+    global xp
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if not prompt:
         fail("argument --prompt: needs at least one character")
+    xp, where = choose(args.device, fail)
     out = args.out or args.resume or "char_lm.npz"
     model, adam = make_model(args, args.resume or (out if args.sample else None), fail)
     if args.sample:
@@ -279,6 +283,7 @@ def run(args: argparse.Namespace, fail) -> int:
         "unigram: each character coded by its frequency in the training part\n"
         "gzip: level 9, the packed size of the whole text less that of the training part\n"
         f"model: {hyper['layers']} SRU layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
+        f"device: {where}\n"
         f"before training: {validation()}",
         flush=True,
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +66,8 @@ def test_quickstart_goes_down_its_gradient(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "quickstart.py")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    before, after = map(float, re.findall(r"\d+\.\d+", result.stdout))
+    assert result.stdout.startswith("on ")
+    before, after = map(float, re.findall(r" (\d+\.\d+)", result.stdout))
     assert 0 < after < before
 
 
@@ -112,6 +118,7 @@ def test_resume_goes_on(folder: Path, tmp_path: Path, trained: tuple[float, floa
     assert float(before[1]) < trained[0] + 0.2
     assert float(final[1]) < trained[0] + 0.05
     assert "2 SRU layers, d = 32" in result.stdout
+    assert re.search(r"^device: (CPU \(|GPU 0, )", result.stdout, re.MULTILINE)
     old, new = weights(folder / "weights.npz"), weights(tmp_path / "more.npz")
     assert all(not np.array_equal(old[name], new[name]) for name in old)
     assert [path.name for path in tmp_path.iterdir()] == ["more.npz"]
@@ -234,6 +241,7 @@ def test_progress_bar_on_a_terminal(folder: Path, tmp_path: Path) -> None:
         ("--dropout 1", ""),
         ("--seed -1", ""),
         ("--dtype int8", ""),
+        ("--device tpu", ""),
         ("--temperature 0", ""),
         ("--prompt=", ""),
         ("--d 33", "--resume weights.npz"),
@@ -259,7 +267,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
 def test_help_names_every_option(tmp_path: Path) -> None:
     result = char_lm(tmp_path, "--help")
     assert result.returncode == 0, result.stderr
-    options = "text out resume steps minutes layers d embed dtype batch length lr dropout seed sample prompt"
+    options = "text out resume steps minutes layers d embed dtype device batch length lr dropout seed sample prompt"
     for option in [*options.split(), "temperature"]:
         assert re.search(rf"^  --{option} ", result.stdout, re.MULTILINE), option
 
@@ -305,3 +313,120 @@ def test_model_gradients_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for t, token in enumerate(tokens[:, 0]):
         logits, state = model.step(int(token), state)
         np.testing.assert_allclose(logits, whole[t], rtol=1e-12, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The module that chooses where an example runs."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return __import__("_device")
+
+
+def refuse(message: str) -> None:
+    raise SystemExit(message)
+
+
+def cupy_whose_gpu(works: Callable[[], bool]) -> types.ModuleType:
+    module = types.ModuleType("cupy")
+    module.cuda = types.SimpleNamespace(is_available=works)  # type: ignore[attr-defined]
+    return module
+
+
+def no_driver() -> bool:
+    raise RuntimeError("libcuda.so.1:\n not found")
+
+
+@pytest.mark.parametrize(
+    "cupy, reason",
+    [
+        (None, "CuPy is not installed"),  # None is how sys.modules says so
+        (cupy_whose_gpu(lambda: False), "CuPy finds no GPU"),
+        (cupy_whose_gpu(no_driver), "CuPy does not work here: libcuda.so.1: not found"),
+    ],
+)
+def test_without_a_gpu_auto_takes_the_cpu_and_gpu_says_why_not(
+    device: types.ModuleType, monkeypatch: pytest.MonkeyPatch, cupy: types.ModuleType | None, reason: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", cupy)  # type: ignore[arg-type]
+    assert device.choose("cpu", refuse) == (np, "CPU")
+    assert device.choose("auto", refuse) == (np, f"CPU ({reason})")
+    with pytest.raises(SystemExit, match=re.escape(f"argument --device: there is no GPU to use ({reason});")):
+        device.choose("gpu", refuse)
+
+
+@pytest.fixture
+def gpu(device: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in for CuPy, with what the examples use of CuPy beyond what the library does."""
+    pytest.importorskip("ml_dtypes")
+    from emu import fake_cupy
+
+    def host(value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise TypeError("an array of NumPy among those of CuPy")
+        return value._host if isinstance(value, fake_cupy.ndarray) else value
+
+    def lifted(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*map(host, args), **kwargs)
+            return args[0] if result is host(args[0]) else cupy.asarray(result)
+
+        return call
+
+    def swapped(function: Callable) -> Callable:
+        return lambda a, b: function(b, a)
+
+    with fake_cupy.installed(monkeypatch) as cupy:
+        for name in ("eye", "exp", "log", "minimum", "sqrt", "zeros_like"):
+            monkeypatch.setattr(cupy, name, lifted(getattr(np, name)), raising=False)
+        for name in ("matmul", "truediv", "sub", "isub", "itruediv"):
+            monkeypatch.setattr(cupy.ndarray, f"__{name}__", lifted(getattr(operator, name)), raising=False)
+        for name in ("add", "mul", "truediv"):
+            swap = lifted(swapped(getattr(operator, name)))
+            monkeypatch.setattr(cupy.ndarray, f"__r{name}__", swap, raising=False)
+        for name in ("max", "mean", "sum"):
+            monkeypatch.setattr(cupy.ndarray, name, lifted(getattr(np, name)), raising=False)
+        monkeypatch.setattr(cupy.cuda, "is_available", lambda: True, raising=False)
+        yield types.SimpleNamespace(cupy=cupy, record=fake_cupy.record)
+
+
+def test_quickstart_on_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--device", "gpu"])
+    runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("on GPU 0, stand-in, with CuPy ")
+    before, after = map(float, re.findall(r"(\d+\.\d{3})", printed))
+    assert 0 < after < before
+    assert gpu.record.reads == ["__float__"] * 2  # of the two losses that are printed
+    assert [kernel for kernel, *_ in gpu.record.launches] == ["forward", "backward", "sum_partials", "forward"]
+
+
+def test_training_on_a_gpu_is_that_on_the_cpu_and_never_waits(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import char_lm as program
+
+    hyper = {"layers": 2, "d": 12, "embed": 7, "dtype": "float32"}
+    text = np.random.default_rng(0).integers(97, 110, 60).astype(np.uint8).tobytes()
+
+    def three_steps(xp: Any) -> dict[str, np.ndarray]:
+        monkeypatch.setattr(program, "xp", xp)
+        model = program.Model(hyper, seed=1)
+        adam, data, state = program.Adam(model.params), program.streams(text, 3), model.zero_state(3)
+        gpu.record.clear()
+        rng = np.random.default_rng(0)
+        for start in (0, 5, 10):
+            masks = program.dropout_masks(rng, model, 0.3, 3)
+            tokens, targets = data[start : start + 5], data[start + 1 : start + 6]
+            logits, state, saved = model.forward(tokens, state, masks, save=True)
+            _, dlogits = program.cross_entropy(logits, targets.reshape(-1))
+            adam.update(model.backward(dlogits, saved), 0.01)
+        assert gpu.record.reads == []
+        return {name: program.to_host(p) for name, p in model.params.items()}
+
+    on_cpu, on_gpu = three_steps(np), three_steps(gpu.cupy)
+    assert len(gpu.record.launches) == 3 * 2 * 3
+    for name, array in on_cpu.items():
+        assert type(on_gpu[name]) is np.ndarray
+        np.testing.assert_allclose(on_gpu[name], array, rtol=2e-3, atol=2e-5, err_msg=name)  # Adam divides by the root
