@@ -35,10 +35,8 @@ def folder() -> Path:
             f"sru_rt: the cache folder {path} cannot be made ({error.strerror}); set SRU_RT_CACHE_DIR to a folder of "
             "yours"
         ) from None
-    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise CacheError(
-            f"sru_rt: the cache folder {path} cannot be written; set SRU_RT_CACHE_DIR to a folder of yours"
-        )
+    if not path.is_dir() or not os.access(path, os.X_OK):
+        raise CacheError(f"sru_rt: the cache folder {path} cannot be read; set SRU_RT_CACHE_DIR to a folder of yours")
     _require_own(path, state)
     return path
 
@@ -46,7 +44,7 @@ def folder() -> Path:
 def _require_own(path: Path, state: os.stat_result) -> None:
     if not hasattr(os, "geteuid"):  # Windows: the user's profile folder is protected by its access list
         return
-    if state.st_uid != os.geteuid():
+    if state.st_uid not in (os.geteuid(), 0):  # root could do anything to the user anyway
         raise CacheError(
             f"sru_rt: {path} belongs to user {state.st_uid}, not to you ({os.geteuid()}), so compiled code in it is "
             "not trusted; set SRU_RT_CACHE_DIR to a folder of yours"

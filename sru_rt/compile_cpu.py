@@ -151,7 +151,7 @@ def load(unit: str, *entries: str) -> ctypes.CDLL:
                 return _open(path, entries)
             return _compile_into_cache(found, unit, path, entries)
         except CacheError as error:
-            warn_once(f"{error}. Meanwhile kernels are compiled anew in each process")
+            warn_once("cache", f"{error}. Meanwhile kernels are compiled anew in each process")
         return _compile_for_this_process(found, unit, entries)
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from . import abi, cache, source
@@ -34,6 +35,14 @@ def cubin(variant: Variant, plan: Plan, arch: int) -> bytes:
     text = unit(variant, plan)
     with _lock:
         return _from_cache(text, arch)
+
+
+def is_cached(variant: Variant, plan: Plan, arch: int) -> bool:
+    """Whether `cubin` will find the machine code."""
+    try:
+        return cache.find(_entry(unit(variant, plan), _options(arch)))
+    except CacheError:
+        return False
 
 
 def unit(variant: Variant, plan: Plan) -> str:
@@ -84,20 +93,28 @@ def version() -> str:
 
 
 def _from_cache(text: str, arch: int) -> bytes:
-    options = (f"-arch=sm_{target(arch)}", *FLAGS)
-    key = hashlib.sha256("\0".join([text, source.digest(), version(), *options]).encode()).hexdigest()
+    options = _options(arch)
+    made = None
     try:
-        path = cache.folder() / f"{key[:40]}.cubin"
+        path = _entry(text, options)
         found = cache.read(path)
         if found is not None:
             debug("cache hit %s", path)
             return found
         made = compile(text, options)[0]
         cache.write(made, path)
-        return made
     except CacheError as error:
-        warn_once(f"{error}. Meanwhile kernels are compiled anew in each process")
-    return compile(text, options)[0]
+        warn_once("cache", f"{error}. Meanwhile kernels are compiled anew in each process")
+    return made or compile(text, options)[0]
+
+
+def _options(arch: int) -> tuple[str, ...]:
+    return f"-arch=sm_{target(arch)}", *FLAGS
+
+
+def _entry(text: str, options: tuple[str, ...]) -> Path:
+    key = hashlib.sha256("\0".join([text, source.digest(), version(), *options]).encode()).hexdigest()
+    return cache.folder() / f"{key[:40]}.cubin"
 
 
 def compile(text: str, options: tuple[str, ...]) -> tuple[bytes, str]:

@@ -61,8 +61,9 @@ def _kernel(variant: Variant) -> compile_cpu.Kernel | None:
     if backend == "compiled":
         raise found
     warn_once(
+        "numpy",
         f"{found}\nUntil then the recurrences run on NumPy: same results to rounding, but several times slower. "
-        "SRU_RT_CPU=numpy silences this"
+        "SRU_RT_CPU=numpy silences this",
     )
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -
 def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:
     given = arguments.given
     facts = device_facts(device)
-    made = plan.plan(variant, arguments, facts)
+    made = _cached_if_any(variant, plan.plan(variant, arguments, facts), facts.arch)
     sums = isinstance(arguments, abi.Backward) and any(slot.pointer for slot in arguments.dparams)
     functions = load(variant, made, device, facts.arch)
     return _Launch(
@@ -86,6 +87,14 @@ def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: in
         sum_partials=functions[1] if sums else None,
         struct=np.dtype((np.void, abi.layout(variant.cell, made.forward).size)),
     )
+
+
+def _cached_if_any(variant: Variant, made: Plan, arch: int) -> Plan:
+    """The plan, for any batch size if that kernel has been compiled and the one for this batch size has not."""
+    general = replace(made, B=0)
+    if made.B and compile_gpu.is_cached(variant, general, arch) and not compile_gpu.is_cached(variant, made, arch):
+        return general
+    return made
 
 
 @functools.cache

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 
 from . import settings
 
 _log = logging.getLogger("sru_rt")
+_warned: set[str] = set()
 
 
 def debug(message: str, *values: object) -> None:
@@ -19,7 +19,8 @@ def debug(message: str, *values: object) -> None:
     _log.debug(message, *values)
 
 
-@functools.cache
-def warn_once(text: str) -> None:
-    """Warns once in a process."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+def warn_once(topic: str, text: str) -> None:
+    """Warns once in a process about a topic."""
+    if topic not in _warned:
+        _warned.add(topic)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -39,7 +39,7 @@ __asm__(
 constexpr int saved_words = 6;       // below the return address
 constexpr int words_above_them = 2;  // the return address, and what keeps the stack aligned as after a call
 constexpr int return_word = 6;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__)  // tried under QEMU only
 __asm__(
     ".text\n.type emu_switch,%function\nemu_switch:\n"
     "sub sp, sp, #160\n"

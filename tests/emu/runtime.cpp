@@ -28,7 +28,7 @@ Position here;
 namespace {
 
 constexpr int warp_size = 32;
-constexpr size_t arena_bytes = 1 << 20, red_zone = 64, page = 4096;
+constexpr size_t arena_bytes = 1 << 20, red_zone = 64;
 constexpr int idle_passes_allowed = 10000;
 
 enum class State { ready, at_barrier, at_exchange, done };
