@@ -119,6 +119,17 @@ class Fiber {
   static constexpr size_t stack_bytes = 256 << 10;  // taken from the system page by page
   static constexpr size_t guard_bytes = 64 << 10;   // below it; accesses fault
 
+  Fiber() = default;
+  Fiber(const Fiber &) = delete;
+  ~Fiber() {
+    if (!base_) return;  // not one of ours
+    unpoison(stack(), stack_bytes);
+    unmap_memory(base_, guard_bytes + stack_bytes);
+#if defined(EMU_TSAN)
+    __tsan_destroy_fiber(tsan_);
+#endif
+  }
+
   // Takes the stack of the caller, which is to switch away from it.
   void adopt() {
 #if defined(EMU_TSAN)
@@ -178,6 +189,14 @@ class Fiber {
 #if defined(EMU_ASAN)
     __sanitizer_finish_switch_fiber(nullptr, &caller.bottom_, &caller.size_);
 #endif
+  }
+
+  // Gives the stack back; each takes two of the mappings that a process may have, and many modules may be loaded.
+  void free_stack() {
+    if (!base_) return;
+    unpoison(stack(), stack_bytes);
+    unmap_memory(base_, guard_bytes + stack_bytes);
+    base_ = nullptr;
   }
 
   bool on_stack(const void *p) const { return base_ && (char *)p >= stack() && (char *)p < stack() + stack_bytes; }

@@ -112,7 +112,7 @@ struct Launch {
   Thread *current = nullptr;  // null: the caller
   Fiber caller;
   std::vector<Block *> resident;
-  std::vector<std::vector<Thread *>> threads;  // by resident block; kept, with their stacks, for the next launch
+  std::vector<std::vector<Thread *>> threads;  // by resident block; reused by the blocks of a launch
   std::vector<uint64_t> block_order;
   size_t next_block = 0;
   int idle_passes = 0;
@@ -494,6 +494,8 @@ void run_grid() {
           "no progress: every thread that can run waits for a value in memory; it is never written, or by a block "
           "that comes later");
   }
+  for (auto &threads : launching.threads)
+    for (Thread *t : threads) t->fiber.free_stack();
 }
 
 void order_blocks() {
@@ -716,6 +718,10 @@ const char *launch(const Kernel *kernel, const Options *options, void **argument
   acquire(&launching.finished);
   for (Block *b : launching.resident) delete b;
   launching.resident.clear();
+  // Every module has a copy of this file, and the system does not map without limit.
+  for (auto &threads : launching.threads)
+    for (Thread *t : threads) delete t;
+  launching.threads.clear();
   return launching.error.empty() ? nullptr : launching.error.c_str();
 }
 }  // namespace
