@@ -140,13 +140,12 @@ struct GpuSweep {
     }
   };
 
-  // Calls work.take(row, k) for n rows in turn, which are read Plan::depth rows ahead. k counts from the last call of
+  // Calls work.take(row, k) for n rows in turn, which are read `depth` rows ahead. k counts from the last call of
   // work.advance() on. The ring is only ever indexed by constants, so that it stays in registers. The way out before
   // each step also keeps the assembler from gathering the loads of a whole lap at its top, which took twice the
   // registers.
-  template <class From, class Work>
+  template <int depth, class From, class Work>
   SRU_FN void sweep(From &from, index_t n, Work &work) {
-    constexpr int depth = Plan::depth;
     decltype(from.read(0)) ring[depth];
     int left = int(n);
 #pragma unroll
@@ -206,12 +205,13 @@ struct GpuSweep {
     }
     // `n` steps of padding, which nothing passes but the state.
     SRU_MEMBER void skip(const real *state, int n) {
-      if (!Plan::keep) return;
-      while (n > left) {
-        n -= left;
-        copy(state);
+      if constexpr (Plan::keep != 0) {
+        while (n > left) {
+          n -= left;
+          copy(state);
+        }
+        left -= n;
       }
-      left -= n;
     }
     SRU_MEMBER void copy(const real *state) {
       for (int i = 0; i < Cell::n_state; i++) {
@@ -256,7 +256,7 @@ struct GpuSweep {
       work.state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
     if (reverse) keep.skip(work.state, int(a.L - at.length));
     Reader<reverse, !reverse> from(a, at, first);
-    sweep(from, at.length, work);
+    sweep<Plan::depth>(from, at.length, work);
     if (!reverse) {
       keep.advance(at.length % Plan::depth);  // of the last lap
       keep.skip(work.state, int(a.L - at.length));
@@ -422,7 +422,7 @@ struct GpuSweep {
     for (int i = 0; i < Cell::n_state; i++) from.state[i] = (const Saved *)f.saved[i] + s * rows + offset;
     from.dh_step = reverse ? rows : -rows;
     from.state_step = rows;
-    sweep(from, at.length, work);
+    sweep<Plan::depth>(from, at.length, work);
   }
 
   // The states before the steps of one piece, recomputed: in shared memory, or in the scratch that was given.
@@ -469,7 +469,7 @@ struct GpuSweep {
       for (int i = 0; i < Cell::n_state; i++)
         replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + piece * rows + offset));
       Reader<reverse, !reverse> forwards(a, at, reverse ? a.L - 1 - first : first);
-      sweep(forwards, n, replay);
+      sweep<Plan::replay_depth>(forwards, n, replay);
 
       const index_t t = reverse ? a.L - last : last - 1;
       BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
@@ -477,7 +477,7 @@ struct GpuSweep {
       from.dh_step = reverse ? rows : -rows;
       from.state_step = scratch.step;
       work.start(f, at, t);
-      sweep(from, n, work);
+      sweep<Plan::depth>(from, n, work);
       last = first;
     }
   }
@@ -530,13 +530,13 @@ struct GpuSweep {
 // The entry points of one compiled kernel. `bytes` is what the caller takes for the size of the struct.
 #define SRU_GPU_FORWARD(Cell, Io, Saved, wide, Plan, bytes)                                              \
   static_assert(sizeof(ForwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree"); \
-  extern "C" __global__ void __launch_bounds__(Plan::threads)                                            \
+  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                         \
       forward(const __grid_constant__ ForwardArguments<Cell> f) {                                        \
     GpuSweep<Cell, Io, Saved, wide, Plan>::forward(f);                                                   \
   }
 #define SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)                                                          \
   static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree");             \
-  extern "C" __global__ void __launch_bounds__(Plan::threads)                                                         \
+  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                                      \
       backward(const __grid_constant__ BackwardArguments<Cell> f) {                                                   \
     GpuSweep<Cell, Io, Saved, wide, Plan>::backward(f);                                                               \
   }                                                                                                                   \

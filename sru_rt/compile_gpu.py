@@ -23,6 +23,9 @@ from .variant import Variant
 FLAGS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v")
 INSTALL = "`pip install 'sru_rt[cuda12]'` (or cuda13, to match the CUDA release of the driver and of other packages)"
 
+# Architectures of systems on a chip, whose code other members of the generation do not run.
+_TEGRA = (53, 62, 72, 87, 88, 101, 110)
+
 _lock = threading.Lock()
 
 
@@ -78,7 +81,7 @@ def target(arch: int) -> int:
         CompileError: NVRTC knows none.
     """
     known = tuple(nvrtc().getSupportedArchs())
-    fitting = [a for a in known if a // 10 == arch // 10 and a <= arch]
+    fitting = [a for a in known if a == arch or (a // 10 == arch // 10 and a < arch and a not in _TEGRA)]
     if not fitting:
         raise CompileError(
             f"sru_rt: NVRTC {version()} does not know sm_{arch}, only {', '.join(f'sm_{a}' for a in known)}; install "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from . import abi, settings
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
+from .graph import topological
 from .variant import Variant
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -19,10 +20,10 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # What a multiprocessor must have asked for at any time to keep its share of the memory busy: bandwidth times latency,
 # 4.3 TB/s times 1 us over 132 multiprocessors of an H200. Computed, not measured.
 _BYTES_IN_FLIGHT = 32 << 10
-# Registers that the ring may take of 255; the rest are states, parameters, addresses and what a step computes. A
-# backward that recomputes states holds the addresses of two sweeps.
-_RING_REGISTERS = {"forward": 128, "backward": 112, "recomputing backward": 56}
-_DEPTHS = (1, 4, 8, 16, 32)
+# Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
+# that recomputes states ("from pieces") holds the addresses of two sweeps.
+_RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72}
+_DEPTHS = (1, 2, 4, 8, 12, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _BLOCKS_PER_MULTIPROCESSOR = 16
 # From this many warps of two channels a thread on; below it, twice the warps of one channel hide more latency.
@@ -53,6 +54,7 @@ class Plan:
     forward: bool
     width: int  # channels of a thread
     depth: int  # steps that are read ahead
+    replay_depth: int  # the same where states are recomputed
     threads: int  # of a block
     B: int
     D: int
@@ -87,7 +89,8 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     made = replace(
         key,
         width=width,
-        depth=_depth(variant, key, given, width, device),
+        depth=_depth(_sweep(key), _streams(variant, key), key, given, width, device),
+        replay_depth=_depth("replay", replayed(variant), key, given, width, device) if _sweep(key) == "from pieces" else 1,
         threads=threads,
         B=given.B if _has_own_kernel(variant, key, given.B) else 0,
     )
@@ -124,6 +127,7 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         forward=forward,
         width=0,
         depth=0,
+        replay_depth=0,
         threads=0,
         B=0,
         D=given.D,
@@ -202,27 +206,46 @@ def _threads(packs: int, device: Device) -> int:
     return next((n for n in _THREADS if packs <= n * limit), _THREADS[-1])
 
 
-def _depth(variant: Variant, key: Plan, given: abi.Given, width: int, device: Device) -> int:
-    """The least depth that keeps enough bytes in flight and fits into the registers."""
+def _depth(sweep: str, streams: Sequence[int], key: Plan, given: abi.Given, width: int, device: Device) -> int:
+    """The least depth that keeps enough bytes in flight and fits into the registers.
+
+    `streams` are the sizes of the elements that a step reads.
+    """
     if given.L == 1:
         return 1
-    nbytes, words = _loads(variant, key, width)
-    channels = max(1, given.B * given.D * given.d // width // device.multiprocessors)
-    needed = -(-_BYTES_IN_FLIGHT // (channels * nbytes))
-    limit = _RING_REGISTERS["forward" if key.forward else "backward" if key.keep == 1 else "recomputing backward"]
-    fitting = [n for n in _DEPTHS[1:] if n * words <= limit]
-    return next((n for n in fitting if n >= needed), max(fitting, default=_DEPTHS[1]))
-
-
-def _loads(variant: Variant, key: Plan, width: int) -> tuple[int, int]:
-    """Bytes that a thread reads for one step, and registers that they take."""
-    cell = variant.cell
-    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
-    items = [item] * len(cell.gates) + [state if variant.wide >> i & 1 else item for i in range(len(cell.inputs))]
-    if not key.forward:
-        items += [item] + [ITEMSIZE[variant.saved_dtype] if key.keep == 1 else state] * len(cell.state)
     flags = key.has_mask + key.has_reset
-    return sum(items) * width + flags, sum(max(1, n * width // 4) for n in items) + flags
+    words = sum(max(1, size * width // 4) for size in streams) + flags
+    channels = max(1, given.B * given.D * given.d // width // device.multiprocessors)
+    needed = -(-_BYTES_IN_FLIGHT // (channels * max(1, sum(streams) * width + flags)))
+    fitting = [n for n in _DEPTHS if n * words <= _RING_REGISTERS[sweep]]
+    return next((n for n in fitting if n >= needed), max(fitting, default=1))
+
+
+def _sweep(key: Plan) -> str:
+    return "forward" if key.forward else "from pieces" if key.keep > 1 else "backward"
+
+
+def _streams(variant: Variant, key: Plan) -> list[int]:
+    """Sizes of what one step reads."""
+    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
+    sizes = [*_inputs(variant).values()]
+    if not key.forward:
+        sizes += [item] + [ITEMSIZE[variant.saved_dtype] if key.keep == 1 else state] * len(variant.cell.state)
+    return sizes
+
+
+def replayed(variant: Variant) -> list[int]:
+    """Sizes of what one step reads of which only the new state is wanted."""
+    nodes = topological(variant.cell.formula.new_state)
+    used = {node.args[0] for node in nodes if node.op == "input"}
+    return [size for name, size in _inputs(variant).items() if name in used]
+
+
+def _inputs(variant: Variant) -> dict[str, int]:
+    """Sizes of the elements of gates and inputs, by name."""
+    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
+    wide = {name: state if variant.wide >> i & 1 else item for i, name in enumerate(variant.cell.inputs)}
+    return dict.fromkeys(variant.cell.gates, item) | wide
 
 
 def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
@@ -236,6 +259,8 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
                 "separated by commas"
             )
     made = replace(made, **chosen)  # type: ignore[arg-type]
+    if made.replay_depth > 1:
+        made = replace(made, replay_depth=chosen.get("depth", made.replay_depth))
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every = arguments.given.every

@@ -53,7 +53,7 @@ def gpu_kernel(
     types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
-    numbers = ("width", "depth", "threads", "keep")
+    numbers = ("width", "depth", "replay_depth", "threads", "keep")
     return f"""#include "gpu_sweep.h"
 {cell_text}
 struct plan {{

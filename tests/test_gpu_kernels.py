@@ -24,11 +24,12 @@ from test_cells import DTYPES, FACTORS, LAYER_ROWS, LAYOUTS, name_of
 # The matrix
 
 # Beside the options of the cell: what the sizes are, and how the planner might have a recurrence of these sizes run.
-# More sequences than sum_partials has rows of threads, more channels than a block has.
+# More sequences than sum_partials has rows of threads, more channels than a block has. Never one number alone: if it is
+# the small difference of large ones, its relative error says nothing.
 MATRIX: dict[str, tuple[Any, ...]] = FACTORS | {
     "D": (1, 2),
     "layout": tuple(LAYOUTS),
-    "size": ((5, 3, 7), (1, 1, 1), (9, 2, 33), (4, 5, 16), (13, 3, 70), (6, 19, 8)),
+    "size": ((5, 3, 7), (1, 5, 1), (9, 1, 33), (4, 5, 16), (13, 3, 70), (6, 19, 8)),
     "save": (True, 3, "x", 50),
     "plan": (
         "",

@@ -191,14 +191,6 @@ class Fiber {
 #endif
   }
 
-  // Gives the stack back; each takes two of the mappings that a process may have, and many modules may be loaded.
-  void free_stack() {
-    if (!base_) return;
-    unpoison(stack(), stack_bytes);
-    unmap_memory(base_, guard_bytes + stack_bytes);
-    base_ = nullptr;
-  }
-
   bool on_stack(const void *p) const { return base_ && (char *)p >= stack() && (char *)p < stack() + stack_bytes; }
   bool in_guard(const void *p) const { return base_ && (char *)p >= base_ && (char *)p < stack(); }
 

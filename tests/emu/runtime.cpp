@@ -494,8 +494,6 @@ void run_grid() {
           "no progress: every thread that can run waits for a value in memory; it is never written, or by a block "
           "that comes later");
   }
-  for (auto &threads : launching.threads)
-    for (Thread *t : threads) t->fiber.free_stack();
 }
 
 void order_blocks() {
@@ -718,7 +716,7 @@ const char *launch(const Kernel *kernel, const Options *options, void **argument
   acquire(&launching.finished);
   for (Block *b : launching.resident) delete b;
   launching.resident.clear();
-  // Every module has a copy of this file, and the system does not map without limit.
+  // A stack takes two of the mappings that a process may have, and every module has a copy of this file.
   for (auto &threads : launching.threads)
     for (Thread *t : threads) delete t;
   launching.threads.clear();

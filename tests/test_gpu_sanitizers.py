@@ -1,0 +1,171 @@
+"""The GPU's kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and planted bugs.
+
+They run under the emulation, in processes of their own. A bug planted in a copy of the sources must be reported:
+otherwise a clean run of the sources themselves says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from emu import emulator
+from sru_rt import source
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parent / "emu_sanitized.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: the cases of the small matrix that it runs, in which orders, and the bug in its copy of the sources.
+
+    ThreadSanitizer takes a millisecond for every thread, so it is given few.
+    """
+
+    mode: str
+    cases: str
+    orders: tuple[int, ...] = (0, 1, 2, 3)
+    old: str = ""  # in gpu_sweep.h
+    new: str = ""
+    report: str = ""  # what the sanitizer must say
+
+
+CLEAN = {
+    "asan": Job("asan", "plain pairs recomputed recomputed_pairs per_step basic"),
+    "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
+    "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
+    "tsan, 3": Job("tsan", "plain per_step", (2,)),
+}
+
+HEAP = r"AddressSanitizer: heap-buffer-overflow"
+RACE = r"ThreadSanitizer: data race"
+
+PLANTED = {
+    "read ahead beyond the last row": Job(
+        "asan",
+        "plain",
+        (0,),
+        "if (k + depth < left) ring[k] = from.read(k + depth);",
+        "ring[k] = from.read(k + depth);",
+        HEAP,
+    ),
+    "let idle threads write": Job(
+        "asan",
+        "plain",
+        (0,),
+        "idle = n >= batch(a) * packs;",
+        "idle = false;",
+        HEAP,
+    ),
+    "sum up one sequence too many": Job(
+        "asan",
+        "plain",
+        (0,),
+        "for (index_t b = threadIdx.y; b < batch(f.given); b += groups)",
+        "for (index_t b = threadIdx.y; b <= batch(f.given); b += groups)",
+        HEAP,
+    ),
+    "recompute one state too many": Job(
+        "asan",
+        "recomputed",
+        (0,),
+        "store(to.state[i] + k * to.step, narrow<acc>(state[i]));",
+        "store(to.state[i] + (k + 1) * to.step, narrow<acc>(state[i]));",
+        r"AddressSanitizer: (use-after-poison|heap-buffer-overflow)",
+    ),
+    "begin pairs at odd places": Job(
+        "asan",
+        "pairs",
+        (0,),
+        "j = (n - b * packs) * width;",
+        "j = (n - b * packs) * width + 1;",
+        r"misaligned",
+    ),
+    "add up without waiting for the others": Job(
+        "tsan",
+        "pairs",
+        (1,),
+        "    __syncthreads();\n",
+        "",
+        RACE,
+    ),
+    "share one row of partial sums": Job(
+        "tsan",
+        "pairs",
+        (0,),
+        "(at.row(reverse) * Cell::n_params + i) * f.partial.stride",
+        "i * f.partial.stride",
+        RACE,
+    ),
+    "share recomputed states": Job(
+        "tsan",
+        "recomputed",
+        (2,),
+        "i * f.given.every * step + threadIdx.x * width",
+        "i * f.given.every * step",
+        RACE,
+    ),
+}
+
+
+def planted(job: Job, folder: Path) -> Path:
+    """A copy of the sources with the bug in it."""
+    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda"))
+    text = (copy / "gpu_sweep.h").read_text()
+    assert text.count(job.old) == 1, f"{job.old!r} does not stand in gpu_sweep.h exactly once; plant the bug anew"
+    (copy / "gpu_sweep.h").write_text(text.replace(job.old, job.new))
+    return copy
+
+
+def start(job: Job, folder: Path) -> tuple[int, str]:
+    command = [str(SCRIPT), *job.cases.split(), "--orders", *map(str, job.orders)]
+    if job.old:
+        command += ["--sources", str(planted(job, folder))]
+    return emulator.run_sanitized(command, job.mode)
+
+
+@pytest.fixture(scope="module")
+def outcome(request, tmp_path_factory) -> Callable[[str], tuple[int, str]]:
+    """Runs the jobs of all selected tests, as many at once as there are cores; gives what one of them did."""
+    jobs = CLEAN | PLANTED
+    mine = [item for item in request.session.items if item.fspath == request.node.fspath]
+    chosen = [item.callspec.params["name"] for item in mine]
+    running: dict[str, Future] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for name in chosen:
+            if not emulator.preload(jobs[name].mode)[1]:
+                folder = tmp_path_factory.mktemp(re.sub(r"\W+", "_", name))
+                running[name] = workers.submit(start, jobs[name], folder)
+
+        def get(name: str) -> tuple[int, str]:
+            if name not in running:
+                pytest.skip(emulator.preload(jobs[name].mode)[1])
+            return running[name].result()
+
+        yield get
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_the_kernels_are_clean(name, outcome):
+    status, output = outcome(name)
+    assert status == 0, output[-4000:]
+    assert "runtime error" not in output and "Sanitizer" not in output, output[-4000:]
+    cases = CLEAN[name].cases.split()
+    assert output.startswith(f"ran {len(cases) * len(CLEAN[name].orders)} recurrences: {', '.join(cases)}")
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_reported(name, outcome):
+    status, output = outcome(name)
+    assert re.search(PLANTED[name].report, output), f"status {status}\n{output[-4000:]}"
+    assert re.search(r"(gpu_sweep|port_gpu)\.h:\d+", output), output[-4000:]
+    assert status != 0

@@ -1,0 +1,375 @@
+"""What the planner decides for a GPU, from what, and within which limits. No GPU and no CuPy are needed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from nvrtc import arguments
+from sru_rt import plan, source
+from sru_rt.cell import Array, Cell
+from sru_rt.cells import named_cells
+from sru_rt.dtypes import IO_DTYPES, state_dtype
+from sru_rt.errors import ArgumentError, LibraryError
+from sru_rt.plan import Device, Plan
+from sru_rt.variant import Variant
+
+CELLS = {cell.name: cell for cell in named_cells()}
+SRU = CELLS["sru"]
+H200 = Device(90, 132)
+USUAL = (2048, 16, 1, 1024)  # L, B, D, d
+LARGE = (2048, 128, 1, 1024)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No batch size has been seen, and nothing is overridden."""
+    monkeypatch.setattr(plan, "_batches", {})
+    monkeypatch.delenv("SRU_RT_PLAN", raising=False)
+
+
+def variant(cell=SRU, dtype="float32", **options):
+    return Variant(cell, dtype, options.pop("saved_dtype", state_dtype(dtype)), **options)
+
+
+def made(dtype="float32", sizes=USUAL, device=H200, cell=SRU, **options) -> Plan:
+    return plan.plan(variant(cell, dtype), arguments(cell, dtype, sizes, **options), device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any size
+
+
+def ring_registers(cell: Cell, dtype: str, p: Plan, wide: int = 0) -> int:
+    """Of one thread: what the C++ keeps of a row that is read ahead, with two 16-bit channels in one register."""
+    item, state = plan.ITEMSIZE[dtype], plan.ITEMSIZE[state_dtype(dtype)]
+    items = [item] * len(cell.gates) + [state if wide >> i & 1 else item for i in range(len(cell.inputs))]
+    if not p.forward:
+        items += [item] + [state] * len(cell.state)
+    return p.depth * (sum(max(1, n * p.width // 4) for n in items) + p.has_mask + p.has_reset)
+
+
+sizes = st.tuples(
+    st.integers(1, 1 << 20), st.integers(0, 300), st.integers(1, 2), st.one_of(st.integers(1, 70), st.just(1024))
+)
+
+
+@hypothesis.given(
+    cell=st.sampled_from(list(CELLS.values())),
+    dtype=st.sampled_from(IO_DTYPES),
+    sizes=sizes,
+    forward=st.booleans(),
+    every=st.sampled_from([0, 1, 2, 32, 100, 5000]),
+    device=st.builds(Device, st.sampled_from(list(plan.USUAL_MULTIPROCESSORS)), st.integers(1, 200)),
+    mask=st.booleans(),
+    reset=st.booleans(),
+)
+def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, reset):
+    every = every if forward else max(1, every)
+    L, B, D, d = sizes
+    given = arguments(cell, dtype, sizes, forward=forward, every=every, mask=mask, reset=reset)
+    p = plan.plan(variant(cell, dtype), given, device)
+    assert p.width in (1, 2) and d % p.width == 0
+    assert p.width == 1 or dtype in ("float16", "bfloat16")
+    assert p.threads % 32 == 0 and 32 <= p.threads <= 256
+    assert p.depth == 1 if L == 1 else p.depth in (1, 2, 4, 8, 12, 16, 32)
+    assert p.B in (0, B) and p.D == D and p.d == d
+    assert (p.has_mask, p.has_reset, p.keep) == (mask, reset, min(every, 2))
+    assert p.gate_stride == len(cell.gates) * d
+    # A grid covers every channel of every sequence, and no block is without work.
+    x, y, z = p.grid(B)
+    assert (y, z) == (D, 1)
+    assert (x - 1) * p.threads * p.width < B * d <= x * p.threads * p.width or x == B == 0
+    # The ring leaves registers for all else, half of the 255 or more.
+    assert ring_registers(cell, dtype, p) <= 128
+    # Recomputed states lie in shared memory where they fit, and only then.
+    shared = plan.shared_bytes(variant(cell, dtype), p, every)
+    assert shared <= 48 << 10
+    if forward or every < 2:
+        assert not p.scratch_in_shared and shared == 0
+    else:
+        assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
+        assert shared == p.scratch_in_shared * every * p.threads * p.width * plan.ITEMSIZE[state_dtype(dtype)]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_ring_is_deepest_where_channels_are_few(forward):
+    depths = [made(sizes=(2048, B, 1, 1024), forward=forward, every=1).depth for B in (1, 4, 16, 64, 256, 1024)]
+    assert depths == sorted(depths, reverse=True) and depths[0] > depths[-1]
+
+
+def test_recomputation_leaves_the_ring_less():
+    depths = [made(sizes=(2048, 2, 1, 1024), forward=False, every=every).depth for every in (1, 32)]
+    assert depths[0] > depths[1]
+
+
+def test_masks_and_wide_inputs_count_as_registers():
+    cell = Cell("many", lambda a, b, c, s, x, y, z: (a * s + x, b + c + y + z), (
+        Array("u", "gates", ("a", "b", "c")),
+        Array("i", "inputs", ("x", "y", "z"), stacked=True),
+        Array("s0", "state", ("s",)),
+    ))  # fmt: skip
+    given = arguments(cell, "bfloat16", (2048, 128, 1, 1024))
+    plans = [plan.plan(variant(cell, "bfloat16", wide=wide), given, Device(90, 1000)) for wide in (0, 7)]
+    assert [p.width for p in plans] == [1, 1]
+    assert all(ring_registers(cell, "bfloat16", p, wide) <= 128 for p, wide in zip(plans, (0, 7)))
+    few = (2048, 1, 1, 1024)
+    assert made(sizes=few).depth == 32 > made(sizes=few, mask=True, reset=True).depth
+
+
+def test_small_blocks_spread_over_all_multiprocessors():
+    for B, threads in ((1, 32), (16, 32), (64, 32), (128, 64), (256, 128), (4096, 256)):
+        assert made(sizes=(512, B, 1, 1024)).threads == threads
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What does not change the kernel
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("dtype", IO_DTYPES)
+def test_length_alone_does_not_change_the_kernel(dtype, forward):
+    plans = {made(dtype, (L, *USUAL[1:]), forward=forward, every=1) for L in (2, 3, 100, 1 << 20)}
+    assert len(plans) == 1
+    one = made(dtype, (1, *USUAL[1:]), forward=forward, every=1)
+    assert one.depth == 1 and replace(one, depth=plans.pop().depth) != one
+
+
+def test_interval_of_kept_states_does_not_change_the_forward():
+    assert len({made(every=every, forward=True) for every in (2, 32, 100)}) == 1
+
+
+def test_first_eight_batch_sizes_have_kernels_of_their_own():
+    assert [made(sizes=(9, B, 1, 64)).B for B in range(1, 12)] == [*range(1, 9), 0, 0, 0]
+    assert [made(sizes=(9, B, 1, 64)).B for B in (8, 1, 9, 5)] == [8, 1, 0, 5]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(forward=False, every=1),
+        dict(every=1),
+        dict(mask=True),
+        dict(sizes=(9, 100, 1, 65)),
+        dict(sizes=(9, 100, 2, 64)),
+        dict(dtype="float64"),
+        dict(cell=CELLS["sru_tanh"]),
+    ],
+)
+def test_each_layer_has_its_own_eight(other):
+    for B in range(1, 10):
+        made(sizes=(9, B, 1, 64))
+    assert made(**{"sizes": (9, 100, 1, 64)} | other).B == 100
+
+
+def test_kernels_for_any_batch_differ_in_nothing_else():
+    own = made(sizes=(9, 20, 1, 64))
+    for B in range(1, 9):
+        made(sizes=(9, B, 1, 64))
+    plan._batches.clear()
+    for B in range(1, 9):
+        made(sizes=(9, B, 1, 64))
+    assert made(sizes=(9, 20, 1, 64)) == replace(own, B=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two channels at once
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_two_channels_of_16_bit_where_there_are_many(dtype, forward):
+    assert made(dtype, LARGE, forward=forward, every=1).width == 2
+    assert made(dtype, (2048, 2, 1, 1024), forward=forward, every=1).width == 1
+    assert made(dtype, (2048, 128, 1, 1023), forward=forward, every=1).width == 1  # a pair would lie in two rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_channel_of_wider_dtypes(dtype):
+    assert made(dtype, LARGE).width == 1
+
+
+def widths(given, dtype="bfloat16", wide=0, cell=SRU):
+    return plan.plan(variant(cell, dtype, wide=wide), given, H200).width
+
+
+def test_misaligned_arrays_are_read_one_channel_at_a_time():
+    assert [made("bfloat16", LARGE, address=(1 << 20) + n).width for n in (0, 2, 4, 8)] == [2, 1, 2, 2]
+    # Kept states are of 4 bytes, two of them of 8.
+    kept = [made("bfloat16", LARGE, address=(1 << 20) + n, every=1).width for n in (0, 2, 4, 8)]
+    assert kept == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["h", "saved", "gates", "inputs", "wide inputs", "strides"])
+def test_every_array_of_the_forward_counts(name):
+    given = arguments(SRU, "bfloat16", LARGE, every=1)
+    assert widths(given) == 2
+    wide = 0
+    if name == "h":
+        given = given._replace(h=given.h + 2)
+    elif name == "saved":
+        given = given._replace(saved=[given.saved[0] + 4])
+    elif name == "gates":
+        shifted = [slot._replace(pointer=slot.pointer + 2) for slot in given.given.gates]
+        given = given._replace(given=given.given._replace(gates=shifted))
+    elif name == "strides":
+        uneven = [slot._replace(stride=slot.stride + 1) for slot in given.given.inputs]
+        given = given._replace(given=given.given._replace(inputs=uneven))
+    else:
+        wide = int(name == "wide inputs")
+        shifted = [slot._replace(pointer=slot.pointer + (4 if wide else 2)) for slot in given.given.inputs]
+        given = given._replace(given=given.given._replace(inputs=shifted))
+    assert widths(given, wide=wide) == 1
+
+
+@pytest.mark.parametrize("name", ["dh", "dgates", "dinputs", "wide dinputs", "states"])
+def test_every_array_of_the_backward_counts(name):
+    given = arguments(SRU, "bfloat16", LARGE, forward=False, every=5000)
+    assert widths(given) == 2
+    wide = 0
+    if name == "dh":
+        given = given._replace(dh=given.dh + 2)
+    elif name == "states":
+        given = given._replace(states=[given.states[0] + 4])
+    elif name == "dgates":
+        given = given._replace(dgates=[slot._replace(pointer=slot.pointer + 2) for slot in given.dgates])
+    else:
+        wide = int(name == "wide dinputs")
+        shift = 4 if wide else 2
+        given = given._replace(dinputs=[slot._replace(pointer=slot.pointer + shift) for slot in given.dinputs])
+    assert widths(given, wide=wide) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is wanted
+
+
+def test_gradients_that_are_not_wanted_are_left_out():
+    plans = {need: made(forward=False, every=1, need=need) for need in ((), ("gates",), ("inputs",), ("params",))}
+    assert [(p.wants_gates, p.wants_inputs) for p in plans.values()] == [(False, 0), (True, 0), (False, 1), (False, 0)]
+    assert plans[()] == replace(plans["params",], B=plans[()].B)
+    per_step = CELLS["sru_v_per_step_dropout"]
+    assert made(cell=per_step, forward=False, every=1).wants_inputs == 0b111
+
+
+def test_the_kernel_text_holds_the_whole_plan():
+    """Every field but the pass itself, which chooses the entry points: kernels are cached by their text."""
+    base = made("bfloat16", forward=False, every=32)
+    changed = dict(width=2, depth=4, threads=64, B=99, D=2, d=2048, gate_stride=7, input_strides=(5,), keep=1)
+    changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
+    changed |= dict(forward=True, replay_depth=2)
+    assert set(changed) == set(Plan.__dataclass_fields__)
+
+    def text(p: Plan) -> str:
+        return source.gpu_kernel("", "cell", "bfloat16", "float32", 0, p, 8)
+
+    for name, value in changed.items():
+        assert getattr(base, name) != value, name
+        assert text(replace(base, **{name: value})) != text(base), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SRU_RT_PLAN
+
+
+def test_override(monkeypatch):
+    usual = made()
+    monkeypatch.setenv("SRU_RT_PLAN", " depth = 7, threads=96 ")
+    assert made() == replace(usual, depth=7, threads=96)
+    assert made().grid(16) == (-(-16 * 1024 // 96), 1, 1)
+    monkeypatch.setenv("SRU_RT_PLAN", "width=2")
+    assert made("bfloat16").width == 2
+    monkeypatch.setenv("SRU_RT_PLAN", "")
+    assert made() == usual
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["depth=0", "depth=65", "threads=33", "threads=2048", "width=3", "width=0", "registers=3", "B=4", "depth=-4"],
+)
+def test_override_beyond_its_limits(value, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", value)
+    with pytest.raises(ArgumentError) as caught:
+        made()
+    message = str(caught.value)
+    assert f"SRU_RT_PLAN has {value};" in message
+    assert "width=1 or 2" in message and "depth=1..64" in message and "threads=32..1024" in message
+
+
+@pytest.mark.parametrize("value", ["depth", "depth=x", "depth=4;threads=64", "depth=4,,threads=64"])
+def test_override_that_is_no_list(value, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", value)
+    with pytest.raises(ArgumentError, match="SRU_RT_PLAN must be a list such as depth=16,threads=64"):
+        made()
+
+
+def test_override_of_the_width_where_pairs_cannot_be_read(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "width=2")
+    assert made("float32").width == 2
+    assert made("bfloat16", (9, 3, 1, 13)).width == 1
+    assert made("float32", address=(1 << 20) + 4).width == 1
+
+
+def test_override_that_asks_for_more_shared_memory_than_there_is(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "threads=512")
+    with pytest.raises(ArgumentError, match=r"SRU_RT_PLAN asks for blocks of 512 threads.*65536.*49152"):
+        made(forward=False, every=32)
+    monkeypatch.setenv("SRU_RT_PLAN", "threads=384")
+    assert made(forward=False, every=32).scratch_in_shared
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_gates_that_do_not_lie_together():
+    given = arguments(SRU, "float32", USUAL)
+    apart = [slot._replace(pointer=slot.pointer + 4 * i) for i, slot in enumerate(given.given.gates)]
+    with pytest.raises(LibraryError, match=r"the gates of sru must lie together as in U, \(L, B, D, k, d\)"):
+        plan.plan(variant(), given._replace(given=given.given._replace(gates=apart)), H200)
+    backward = arguments(SRU, "float32", USUAL, forward=False, every=1)
+    with pytest.raises(LibraryError, match="the gates of sru must lie together"):
+        plan.plan(variant(), backward._replace(dgates=apart), H200)
+
+
+def test_some_of_the_gates_gradients():
+    """One of them null is no array of U's shape either."""
+    backward = arguments(SRU, "float32", USUAL, forward=False, every=1)
+    some = [*backward.dgates[:2], backward.dgates[2]._replace(pointer=0)]
+    with pytest.raises(LibraryError, match="the gates of sru must lie together"):
+        plan.plan(variant(), backward._replace(dgates=some), H200)
+
+
+@pytest.mark.parametrize("sizes, fits", [((2**31 - 1, 1, 1, 8), True), ((2**31, 1, 1, 8), False)])
+def test_limit_of_steps(sizes, fits):
+    if fits:
+        assert made(sizes=sizes).d == 8
+    else:
+        with pytest.raises(LibraryError, match=r"takes L < 2\^31 .*got L = 2147483648.*handing c_last on as c0"):
+            made(sizes=sizes)
+
+
+@pytest.mark.parametrize("sizes, fits", [((9, 2**26 - 1, 1, 2**10), True), ((9, 2**26, 1, 2**10), False)])
+def test_limit_of_channels(sizes, fits):
+    if fits:
+        x, _, _ = made(sizes=sizes).grid(sizes[1])
+        assert x < 2**31  # blocks that CUDA takes
+    else:
+        with pytest.raises(LibraryError, match=r"B\*d < 2\^36 \(got L = 9, B = 67108864, d = 1024\)"):
+            made(sizes=sizes)
+
+
+def test_planner_asks_nothing_of_a_device():
+    """It can plan for a GPU that is not there."""
+    imported = {
+        (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+        for node in ast.walk(ast.parse(inspect.getsource(plan)))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert not imported & {"cupy", "launch_gpu", "compile_gpu"}
