@@ -90,7 +90,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         key,
         width=width,
         depth=_depth(_sweep(key), _streams(variant, key), key, given, width, device),
-        replay_depth=_depth("replay", replayed(variant), key, given, width, device) if _sweep(key) == "from pieces" else 1,
+        replay_depth=_depth("replay", replayed(variant), key, given, width, device),
         threads=threads,
         B=given.B if _has_own_kernel(variant, key, given.B) else 0,
     )
@@ -211,7 +211,7 @@ def _depth(sweep: str, streams: Sequence[int], key: Plan, given: abi.Given, widt
 
     `streams` are the sizes of the elements that a step reads.
     """
-    if given.L == 1:
+    if given.L == 1 or (sweep == "replay" and _sweep(key) != "from pieces"):
         return 1
     flags = key.has_mask + key.has_reset
     words = sum(max(1, size * width // 4) for size in streams) + flags

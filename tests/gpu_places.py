@@ -239,7 +239,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, str, Way]] = {
     ),
     "basic": (
         _BASE | {"dtype": "float32", "kind": "basic", "v": "none", "bias": False, "activation": "relu"},
-        (1, 5, 1),
+        (1, 5, 3),
         1,
         "mask",
         Way("threads=32"),

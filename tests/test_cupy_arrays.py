@@ -839,10 +839,11 @@ def without_driver() -> types.ModuleType:
 @pytest.mark.parametrize("broken", [None, without_driver()], ids=["missing", "without a driver"])
 def test_foreign_arrays_without_cupy(cupy, broken, monkeypatch):
     call, like = foreign(arguments()), foreign(np.zeros(1))
-    monkeypatch.setitem(sys.modules, "cupy", broken)
     says = ("through CuPy", "pip install 'sru_rt[cuda12]'", "sru_rt[cuda13]", "CPU")
-    refused("sru_forward", call, LibraryError, *says)
-    refused("sru_init", {"d_in": 4, "d": 5, "like": like}, LibraryError, *says)
+    with monkeypatch.context() as patch:  # undone before the fixture takes the stand-in away
+        patch.setitem(sys.modules, "cupy", broken)
+        refused("sru_forward", call, LibraryError, *says)
+        refused("sru_init", {"d_in": 4, "d": 5, "like": like}, LibraryError, *says)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

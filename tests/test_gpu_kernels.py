@@ -24,12 +24,12 @@ from test_cells import DTYPES, FACTORS, LAYER_ROWS, LAYOUTS, name_of
 # The matrix
 
 # Beside the options of the cell: what the sizes are, and how the planner might have a recurrence of these sizes run.
-# More sequences than sum_partials has rows of threads, more channels than a block has. Never one number alone: if it is
-# the small difference of large ones, its relative error says nothing.
+# More sequences than sum_partials has rows of threads, more channels than a block has. Not one channel alone, which
+# has a test of its own: if an array is one number, the small difference of large ones, its relative error says nothing.
 MATRIX: dict[str, tuple[Any, ...]] = FACTORS | {
     "D": (1, 2),
     "layout": tuple(LAYOUTS),
-    "size": ((5, 3, 7), (1, 5, 1), (9, 1, 33), (4, 5, 16), (13, 3, 70), (6, 19, 8)),
+    "size": ((5, 3, 7), (1, 5, 3), (9, 1, 33), (4, 5, 16), (13, 3, 70), (6, 19, 8)),
     "save": (True, 3, "x", 50),
     "plan": (
         "",
@@ -219,6 +219,27 @@ def test_a_sequence_does_not_depend_on_the_others(place):
         )
         assert np.array_equal(one.h, cut(whole.h, b)) and np.array_equal(one.c_last, cut(whole.c_last, b))
         assert np.array_equal(one.u, cut(whole.u, b)) and np.array_equal(one.c0, cut(whole.c0, b))
+
+
+@pytest.mark.parametrize("save", [True, 3])
+@pytest.mark.parametrize("L, B", [(1, 1), (5, 3)])
+def test_a_channel_does_not_depend_on_the_others(place, L, B, save):
+    """So it is with one channel alone, d = 1."""
+    problem = random_problem("float32", L, B, 2, 4)
+    whole = run(place, problem, save=save)
+    for j in (0, 3):
+        arrays = {name: channel(array, j) for name, array in problem.arrays.items()}
+        alone = replace(problem, arrays=arrays, dh=channel(problem.dh, j), dc_last=channel(problem.dc_last, j))
+        one = run(place, alone, save=save)
+        cuts = {name: channel(gradient, j) for name, gradient in whole.gradients.items()}
+        same({"the channel": Result(channel(whole.h, j), channel(whole.c_last, j), cuts), "alone": one})
+
+
+def channel(array: np.ndarray, j: int) -> np.ndarray:
+    """One of four channels of both directions."""
+    L, B, *rest = array.shape
+    split = array.reshape(L, B, 2, 4) if rest == [8] else array
+    return np.ascontiguousarray(split[..., j : j + 1]).reshape(*array.shape[:-1], array.shape[-1] // 4)
 
 
 def cut(array: np.ndarray, b: int) -> np.ndarray:

@@ -12,7 +12,7 @@ EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64":
 # A value that is computed in the dtype of the state and rounded to `dtype` once: half a unit in its last place, and
 # what float32 (float64) loses on the way: a sigmoid is right to 3 units, a state sums up the errors of about
 # 1 / (1 - f) steps, here fewer than 16. A GPU needs no more: its sigmoid in float32 is right to 2e-7, or 3.4 units of
-# numbers near 1. (Under the emulation, with ex2 and rcp as far off as they may be, results took up a quarter of this.)
+# numbers near 1. (Emulated with ex2 and rcp as far off as they may be, results took up less than half of the bound.)
 STEP = {
     "float16": EPS["float16"] + 64 * EPS["float32"],
     "bfloat16": EPS["bfloat16"] + 64 * EPS["float32"],

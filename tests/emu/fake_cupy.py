@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
+from sru_rt import launch_gpu, plan
+
 from . import emulator
+
+with suppress(ImportError):  # before its place is taken: parts of it that are imported meanwhile would not fit together
+    import cupy as _real_cupy  # noqa: F401
 
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "cuda"
 DEVICES = 2
@@ -654,6 +659,11 @@ def installed(monkeypatch: Any) -> Any:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
         patch.setitem(sys.modules, "cupy.cuda", cuda)
+        # What the library remembers of devices and kernels for a process belongs to one CuPy.
+        patch.setattr(launch_gpu, "_launches", {})
+        patch.setattr(launch_gpu, "_load", functools.cache(launch_gpu._load.__wrapped__))
+        patch.setattr(launch_gpu, "device_facts", functools.cache(launch_gpu.device_facts.__wrapped__))
+        patch.setattr(plan, "_batches", {})
         record.clear()
         _math_modes.clear()
         _here.device, _here.streams = 0, {}
