@@ -268,7 +268,7 @@ class ndarray:
         self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
     ) -> Any:
         record.imports.append(stream)
-        return self._memory.__dlpack__()
+        return _Capsule(self._memory)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self._device
@@ -357,8 +357,14 @@ def from_dlpack(array: Any, *, device: Any = None, copy: Any = None) -> ndarray:
     if kind not in (2, 13):
         raise ValueError(f"the stand-in for CuPy imports from CUDA devices alone (got type {kind})")
     capsule = array.__dlpack__(stream=get_current_stream().ptr or 1)
-    capsule_on_cpu = types.SimpleNamespace(__dlpack__=lambda **_: capsule, __dlpack_device__=lambda: (1, 0))
-    return ndarray._of(np.from_dlpack(capsule_on_cpu), number)
+    return ndarray._of(capsule.memory, number)
+
+
+@dataclass
+class _Capsule:
+    """What this module hands to itself; NumPy's own, before 1.25, hold no bool."""
+
+    memory: np.ndarray
 
 
 # ----------------------------------------------------------------------------------------------------------------------
