@@ -34,7 +34,8 @@ struct ForwardArguments {
   void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes
 };
 
-// A null result is not wanted. `dc0` also carries the adjoint of the state while the sweep runs.
+// Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the
+// state while the sweep runs.
 template <class Cell>
 struct BackwardArguments {
   RecurrenceArguments<Cell> given;

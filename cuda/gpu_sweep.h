@@ -222,7 +222,6 @@ struct GpuSweep {
     }
   };
 
-  template <bool reverse>
   struct Forward {
     const Fixed &fixed;
     Keeper &keep;
@@ -251,7 +250,7 @@ struct GpuSweep {
     Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
     const Fixed fixed(a, at, reverse);
     Keeper keep(f, at, reverse);
-    Forward<reverse> work = {fixed, keep, h + first * rows, reverse ? -rows : rows};
+    Forward work = {fixed, keep, h + first * rows, reverse ? -rows : rows};
     for (int i = 0; i < Cell::n_state; i++)
       work.state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
     if (reverse) keep.skip(work.state, int(a.L - at.length));

@@ -125,13 +125,16 @@ def _nvrtc_twice(report: dict[str, Any]) -> _Found:
 
 
 def _targets(report: dict[str, Any]) -> _Found:
+    if "error" in report["nvrtc"]:  # of which _cupy or _nvrtc speaks
+        return
     targets = report["targets"]
     unknown = {} if "error" in targets else {a: t for a, t in targets.items() if not t.startswith("sm_")}
     for arch, text in unknown.items():
         number = int(arch.removeprefix("sm_"))
         if number < int(report["nvrtc"]["oldest_architecture"].removeprefix("sm_")):
             remove = [*_installed(report, CUPY_PACKAGES), *_installed(report, NVRTC_PACKAGES)]
-            command = f"pip uninstall -y {' '.join(remove)} && pip install 'sru_rt[cuda{_OLDEST}]'"
+            command = f"pip uninstall -y {' '.join(remove)} && " if remove else ""
+            command += f"pip install 'sru_rt[cuda{_OLDEST}]'"
         else:
             command = _install(report).replace("install", "install --upgrade --upgrade-strategy eager")
         yield f"{arch}: {text.partition(';')[0]}", command

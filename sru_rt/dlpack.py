@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,33 @@ def _current(function: str, array: Any) -> Iterator[Any]:
     cupy = _cupy(function, name)
     with cupy.cuda.Device(device):
         if name == "torch":
-            stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
-            with cupy.cuda.ExternalStream(stream, device):
+            pointer = int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+            with _stream(cupy, pointer, device):
                 yield cupy
         else:
-            yield cupy
-            # What the stream of this library is, nobody says. It may use the memory of the arrays anew as soon as
-            # our views of them are gone.
-            cupy.cuda.get_current_stream().synchronize()
+            try:
+                yield cupy
+            finally:
+                # What the stream of this library is, nobody says. It may use the memory of the arrays anew as soon as
+                # our views of them are gone.
+                cupy.cuda.get_current_stream().synchronize()
+
+
+def _stream(cupy: Any, pointer: int, device: int) -> Any:
+    """A stream of another library as one of CuPy."""
+    if pointer == 0:
+        return cupy.cuda.Stream.null
+    if hasattr(cupy.cuda.Stream, "from_external"):  # from CuPy 14.0 on
+        return cupy.cuda.Stream.from_external(_Stream(pointer))
+    return cupy.cuda.ExternalStream(pointer, device)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
 
 
 def _cupy(function: str, name: str) -> Any:

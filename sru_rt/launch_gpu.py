@@ -17,6 +17,9 @@ from .variant import Variant
 
 _Function = Callable[..., None]
 
+# What a driver says of code that it does not take.
+_REFUSALS = ("INVALID_IMAGE", "NO_BINARY_FOR_GPU", "UNSUPPORTED", "INVALID_PTX", "INVALID_SOURCE")
+
 _lock = threading.Lock()
 _launches: dict[Hashable, _Launch] = {}
 
@@ -57,20 +60,21 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
 def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> Hashable:
     """All that the plan depends on; neither L (but whether it is 1) nor addresses, only how they are aligned."""
     g = arguments.given
-    slots = (*g.gates, *g.inputs)
-    single = [*arguments.saved]
+    together, apart, single = [g.gates], [*g.inputs], [*arguments.saved]
     wanted: tuple[bool, ...] = ()
     if isinstance(arguments, abi.Backward):
-        slots += (*arguments.dgates, *arguments.dinputs)
+        together.append(arguments.dgates)
+        apart += arguments.dinputs
         single += [arguments.dh, *arguments.states]
         wanted = tuple([s.pointer != 0 for s in (*arguments.dgates, *arguments.dinputs, *arguments.dparams)])
     else:
         single.append(arguments.h)
-    first = slots[0].pointer
-    places = tuple([(s.pointer - first if i < len(g.gates) else s.pointer % 16, s.stride) for i, s in enumerate(slots)])
-    alignment = functools.reduce(int.__or__, single, first) % 16
+    places = [(s.pointer - slots[0].pointer, s.stride) for slots in together for s in slots]
+    places += [(slots[0].pointer % 16, 0) for slots in together]
+    places += [(s.pointer % 16, s.stride) for s in apart]
+    places += [(pointer % 16, 0) for pointer in single]
     sizes = (g.L == 1, g.L >> 31, g.B, g.D, g.d, g.every)
-    return device, variant, sizes, g.mask != 0, g.reset != 0, places, alignment, wanted, settings.plan_text()
+    return device, variant, sizes, g.mask != 0, g.reset != 0, tuple(places), wanted, settings.plan_text()
 
 
 def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:
@@ -115,6 +119,8 @@ def _load(variant: Variant, made: Plan, device: int, arch: int) -> Sequence[_Fun
     try:
         module.load(code)
     except cupy.cuda.driver.CUDADriverError as error:
+        if not any(word in str(error) for word in _REFUSALS):
+            raise
         raise LibraryError(
             f"sru_rt: the driver of GPU {device} refuses code for sm_{arch} made by NVRTC {compile_gpu.version()} "
             f"({error}); `python -m sru_rt doctor` compares their releases: {compile_gpu.INSTALL}"

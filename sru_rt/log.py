@@ -16,6 +16,7 @@ def debug(message: str, *values: object) -> None:
     if settings.debug() and not _log.handlers:
         _log.addHandler(logging.StreamHandler())
         _log.setLevel(logging.DEBUG)
+        _log.propagate = False
     _log.debug(message, *values)
 
 

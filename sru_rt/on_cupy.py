@@ -6,7 +6,9 @@ reads transposed operands in place and sums 16-bit data in float32.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -117,31 +119,35 @@ class CuPy:
             )
         cublas, runtime = _cublas(self.xp), self.xp.cuda.runtime
         zero, one = _FACTOR_POINTERS[state_dtype(name_of(a.dtype))]
-        handle = self.xp.cuda.get_cublas_handle()
+        handle, stream = self.xp.cuda.get_cublas_handle(), self.stream()
+        arguments = (
+            handle,
+            cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
+            cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N,
+            out.shape[1],
+            out.shape[0],
+            inner,
+            one,
+            b.data.ptr,
+            _data_type(runtime, b),
+            b.shape[1],
+            a.data.ptr,
+            _data_type(runtime, a),
+            a.shape[1],
+            one if add else zero,
+            out.data.ptr,
+            _data_type(runtime, out),
+            out.shape[1],
+            _compute_type(cublas, a),
+            cublas.CUBLAS_GEMM_DEFAULT,
+        )
         mode = cublas.getMathMode(handle)  # the handle is CuPy's
         cublas.setMathMode(handle, _FULL_SUMS)
         try:
-            cublas.gemmEx(
-                handle,
-                cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
-                cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N,
-                out.shape[1],
-                out.shape[0],
-                inner,
-                one,
-                b.data.ptr,
-                _data_type(runtime, b),
-                b.shape[1],
-                a.data.ptr,
-                _data_type(runtime, a),
-                a.shape[1],
-                one if add else zero,
-                out.data.ptr,
-                _data_type(runtime, out),
-                out.shape[1],
-                _compute_type(cublas, a),
-                cublas.CUBLAS_GEMM_DEFAULT,
-            )
+            if runtime.streamIsCapturing(stream):
+                _capture_gemm(stream, arguments)
+            else:
+                cublas.gemmEx(*arguments)
         finally:
             cublas.setMathMode(handle, mode)
         return out
@@ -161,6 +167,40 @@ def _cublas(cupy: Any) -> Any:
             f"sru_rt: CuPy did not find cuBLAS, which forms the products ({error}); install it with "
             "pip install 'sru_rt[cuda12]' or 'sru_rt[cuda13]', whichever matches CuPy"
         ) from None
+
+
+def _capture_gemm(stream: int, arguments: tuple[int, ...]) -> None:
+    """cublasGemmEx on a stream that is being captured into a graph, which CuPy's binding refuses for all of cuBLAS.
+
+    Raises:
+        LibraryError: cuBLAS refuses it.
+    """
+    library = _cublas_library()
+    for name, status in (
+        ("cublasSetStream", library.cublasSetStream_v2(arguments[0], stream)),
+        ("cublasGemmEx", library.cublasGemmEx(*arguments)),
+    ):
+        if status:
+            raise LibraryError(
+                f"sru_rt: {name} failed with status {status} in a stream capture; form U outside of it, and capture "
+                "the recurrence alone"
+            )
+
+
+@functools.cache
+def _cublas_library() -> ctypes.CDLL:
+    """The library that CuPy has loaded."""
+    pathfinder = importlib.import_module("cuda.pathfinder")  # on which CuPy depends
+    library = ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("cublas").abs_path)
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    matrix = (pointer, number, number)  # address, data type, distance of columns
+    library.cublasSetStream_v2.argtypes = (pointer, pointer)
+    operations_and_sizes, kinds = (number,) * 5, (number, number)
+    library.cublasGemmEx.argtypes = (
+        *(pointer, *operations_and_sizes, pointer),
+        *(*matrix, *matrix, pointer, *matrix, *kinds),
+    )
+    return library
 
 
 def _data_type(runtime: Any, array: NDArray) -> int:

@@ -29,7 +29,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 16
 # From this many warps of two channels a thread on; below it, twice the warps of one channel hide more latency.
 _WARPS_FOR_PAIRS = 4
 _SHARED_BYTES = 48 << 10  # of one block, on every architecture
-_MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
+MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
 
 # Multiprocessors of the usual card of an architecture, for kernels that are compiled where there is none.
 USUAL_MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -92,7 +92,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         depth=_depth(_sweep(key), _streams(variant, key), key, given, width, device),
         replay_depth=_depth("replay", replayed(variant), key, given, width, device),
         threads=threads,
-        B=given.B if _has_own_kernel(variant, key, given.B) else 0,
+        B=given.B if _has_own_kernel(variant, key, device, given.B) else 0,
     )
     return _overridden(made, variant, arguments)
 
@@ -154,6 +154,15 @@ def _check_layout(variant: Variant, arguments: abi.Forward | abi.Backward) -> No
                 f"sru_rt: the gates of {variant.cell.name} must lie together as in U, (L, B, D, k, d), on a GPU; copy "
                 "them into one array"
             )
+    row = given.gates[0].stride
+    strides = [(slot, row) for slots in sets for slot in slots]
+    if isinstance(arguments, abi.Backward):
+        strides += [(slot, other.stride) for slot, other in zip(arguments.dinputs, given.inputs)]
+    if any(slot.pointer and slot.stride != needed for slot, needed in strides):
+        raise LibraryError(
+            f"sru_rt: on a GPU the gates of {variant.cell.name} must have the same distance from row to row, and so "
+            "must gradients and what they are the gradients of; copy them"
+        )
     if given.L >= 1 << 31 or given.B * given.d >= 1 << 36:
         raise LibraryError(
             f"sru_rt: a recurrence on a GPU takes L < 2^31 and B*d < 2^36 (got L = {given.L}, B = {given.B}, d = "
@@ -161,13 +170,13 @@ def _check_layout(variant: Variant, arguments: abi.Forward | abi.Backward) -> No
         )
 
 
-_batches: dict[tuple[Variant, Plan], set[int]] = {}
+_batches: dict[tuple[Variant, Plan, Device], set[int]] = {}
 
 
-def _has_own_kernel(variant: Variant, key: Plan, B: int) -> bool:
+def _has_own_kernel(variant: Variant, key: Plan, device: Device, B: int) -> bool:
     """Whether the first few batch sizes of this layer include `B`."""
-    seen = _batches.setdefault((variant, key), set())
-    if B not in seen and len(seen) < _MAX_BATCHES:
+    seen = _batches.setdefault((variant, key, device), set())
+    if B not in seen and len(seen) < MAX_BATCHES:
         seen.add(B)
     return B in seen
 

@@ -24,7 +24,7 @@ from .cells import named_cells
 from .check import Check
 from .dtypes import state_dtype
 from .errors import ArgumentError, SruRtError
-from .plan import _MAX_BATCHES, USUAL_MULTIPROCESSORS, Device, Plan
+from .plan import MAX_BATCHES, USUAL_MULTIPROCESSORS, Device, Plan
 from .variant import Variant
 
 
@@ -134,7 +134,7 @@ def _plans(call: Call, which: str, device: Device, batches: Sequence[int]) -> li
     if not batches:
         return call.general_plans(which, device)
     plans = [call.plan(which, B, device) for B in batches]
-    if len(batches) > _MAX_BATCHES:  # in each process, those that come last get a kernel for any batch size
+    if len(batches) > MAX_BATCHES:  # in each process, those that come last get a kernel for any batch size
         plans += [replace(p, B=0) for p in plans]
     return plans
 

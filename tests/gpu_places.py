@@ -120,7 +120,7 @@ class Way:
 
     def go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SRU_RT_PLAN", self.plan)
-        monkeypatch.setattr(plan, "_MAX_BATCHES", 8 if self.own_batch else 0)
+        monkeypatch.setattr(plan, "MAX_BATCHES", 8 if self.own_batch else 0)
         monkeypatch.setattr(plan, "_SHARED_BYTES", 48 << 10 if self.shared else 0)
         forget_kernels()
 

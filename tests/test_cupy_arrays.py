@@ -6,8 +6,11 @@ Most tests let the CPU's kernels do the recurrence, as what is tested here happe
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.util
 import re
+import subprocess
 import sys
 import threading
 import types
@@ -557,6 +560,63 @@ def test_products_beyond_what_cublas_takes(cupy):
         gpu.transposed_times(a, a)
     with pytest.raises(ArgumentError, match=r"2147483647.*fewer steps"):
         gpu.times(small, a.T, plus=small)
+
+
+CUBLAS = r"""
+#include <string.h>
+long long seen[20];
+extern "C" int cublasSetStream_v2(void *handle, void *stream) { seen[19] = (long long)stream; return handle == 0; }
+extern "C" int cublasGemmEx(void *handle, int a, int b, int m, int n, int k, const void *alpha, const void *A,
+                            int A_type, int lda, const void *B, int B_type, int ldb, const void *beta, void *C,
+                            int C_type, int ldc, int compute, int algorithm) {
+  const long long all[] = {(long long)handle, a, b, m, n, k, (long long)alpha, (long long)A, A_type, lda, (long long)B,
+                           B_type, ldb, (long long)beta, (long long)C, C_type, ldc, compute, algorithm};
+  memcpy(seen, all, sizeof all);
+  return algorithm == -1 ? 0 : 7;
+}
+"""
+
+
+def test_captured_products_have_the_arguments_of_cublas(tmp_path, monkeypatch):
+    """The C prototype of its manual, compiled, in the place of the library."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="comes with CuPy")
+    (tmp_path / "cublas.cpp").write_text(CUBLAS)
+    subprocess.run(["g++", "-shared", "-fPIC", "cublas.cpp", "-o", "cublas.so"], cwd=tmp_path, check=True)
+    found = types.SimpleNamespace(abs_path=str(tmp_path / "cublas.so"))
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", {"cublas": found}.__getitem__)
+    monkeypatch.setattr(on_cupy, "_cublas_library", functools.cache(on_cupy._cublas_library.__wrapped__))
+    arguments = tuple((1 << 40) + i if i in (0, 6, 7, 10, 13, 14) else i for i in range(18))
+    on_cupy._capture_gemm(1 << 45, (*arguments, -1))
+    seen = (ctypes.c_longlong * 20).in_dll(on_cupy._cublas_library(), "seen")
+    assert tuple(seen) == (*arguments, -1, 1 << 45)
+    with pytest.raises(LibraryError, match="cublasGemmEx failed with status 7"):
+        on_cupy._capture_gemm(1 << 45, (*arguments, 0))
+
+
+def test_a_layer_in_a_capture(cupy, monkeypatch):
+    """CuPy's binding of cuBLAS is refused there, and so are copies from the host."""
+    given = on_device(arguments())
+    wanted = sru_rt.sru_forward(**given)
+    streams = []
+
+    def gemm(*gemm_arguments: int) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(fake_cupy, "_capturing", set())
+            fake_cupy.gemmEx(*gemm_arguments)
+        return 0
+
+    library = types.SimpleNamespace(cublasSetStream_v2=lambda *given: streams.append(given) or 0, cublasGemmEx=gemm)
+    monkeypatch.setattr(on_cupy, "_cublas_library", lambda: library)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            got = sru_rt.sru_forward(**given)
+            with pytest.raises(RuntimeError, match="H2D"):
+                sru_rt.sru_forward(**given | {"lengths": [1] * given["x"].shape[1]})
+        finally:
+            stream.end_capture()
+    assert_same_bits(host(got), host(wanted))
+    assert streams == [(fake_cupy.get_cublas_handle(), stream.ptr)] * len(streams) and streams
 
 
 def test_without_cublas(cupy, monkeypatch):

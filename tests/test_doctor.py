@@ -407,6 +407,16 @@ def test_without_cupy_a_gpu_does_not_compute(healthy, monkeypatch, capsys):
     assert [item["command"] for item in report["advice"]] == ["pip install 'sru_rt[cuda12]'"]
 
 
+def test_without_nvrtc_there_is_advice_all_the_same(healthy, monkeypatch, capsys):
+    """What the real probe of targets says then is no target."""
+    missing = "kernels for a GPU are compiled through CuPy, which cannot be imported"
+    monkeypatch.setattr(probes, "nvrtc", lambda: 1 / 0)
+    monkeypatch.setattr(probes, "targets", lambda gpus: {"sm_90": missing})
+    doctor.run(as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert [item["command"] for item in report["advice"]] == ["pip install 'sru_rt[cuda12]'"]
+
+
 def test_exit_status_if_nothing_computes(healthy, monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "on", lambda *_: {"error": "killed"})
     assert doctor.run() == 1

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 
 from nvrtc import arguments
-from sru_rt import plan, source
+from sru_rt import launch_gpu, plan, source
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
@@ -343,6 +343,27 @@ def test_some_of_the_gates_gradients():
     some = [*backward.dgates[:2], backward.dgates[2]._replace(pointer=0)]
     with pytest.raises(LibraryError, match="the gates of sru must lie together"):
         plan.plan(variant(), backward._replace(dgates=some), H200)
+
+
+def test_rows_of_another_length():
+    """The kernels go through gradients as through what they are the gradients of."""
+    backward = arguments(SRU, "float32", USUAL, forward=False, every=1)
+    for name in ("dgates", "dinputs"):
+        longer = [slot._replace(stride=slot.stride + 8) for slot in getattr(backward, name)]
+        with pytest.raises(LibraryError, match="the same distance from row to row"):
+            plan.plan(variant(), backward._replace(**{name: longer}), H200)
+
+
+def test_launches_are_told_apart_by_what_plans_depend_on():
+    """Each address by itself: what lets two channels be read at once differs with the size of the elements."""
+    usual = arguments(SRU, "bfloat16", USUAL, forward=False, every=1)
+    pairs = [("dh", usual.dh + 4), ("saved", [usual.saved[0] + 4])]
+    pairs += [
+        (name, [s._replace(pointer=s.pointer + 4) for s in getattr(usual, name)]) for name in ("dgates", "dinputs")
+    ]
+    apart = [slot._replace(pointer=slot.pointer + 16 * i) for i, slot in enumerate(usual.dgates)]
+    calls = [usual, *(usual._replace(**{name: value}) for name, value in [*pairs, ("dgates", apart)])]
+    assert len({launch_gpu._key(variant(SRU, "bfloat16"), call, 0) for call in calls}) == len(calls)
 
 
 @pytest.mark.parametrize("sizes, fits", [((2**31 - 1, 1, 1, 8), True), ((2**31, 1, 1, 8), False)])

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,9 +125,20 @@ class _AnyStream:
     def synchronize(self) -> None:
         record.reads.append("Stream.synchronize")
 
+    def begin_capture(self, mode: Any = None) -> None:
+        _capturing.add(self.ptr)
+
+    def end_capture(self) -> None:
+        _capturing.remove(self.ptr)
+
+
+_capturing: set[int] = set()  # streams; what is put on them is done at once nevertheless
+
 
 class ExternalStream(_AnyStream):
-    pass
+    def __init__(self, ptr: int, device_id: int = -1) -> None:
+        warnings.warn("ExternalStream is deprecated since CuPy v14.0", DeprecationWarning, stacklevel=2)
+        super().__init__(ptr, device_id)
 
 
 class Stream(_AnyStream):
@@ -134,6 +146,14 @@ class Stream(_AnyStream):
 
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
         super().__init__(0 if null else next(Stream._numbers), _here.device)
+
+    @classmethod
+    def from_external(cls, obj: Any) -> Stream:
+        made = cls()
+        version, made.ptr = obj.__cuda_stream__()
+        if version != 0 or made.ptr == 0:
+            raise TypeError("a stream of another library is (0, its address)")
+        return made
 
 
 Stream.null = Stream(null=True)  # type: ignore[attr-defined]
@@ -328,6 +348,8 @@ def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> nd
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> ndarray:
     if isinstance(obj, ndarray):
         return obj.astype(obj.dtype if dtype is None else dtype, copy=bool(copy))
+    if get_current_stream().ptr in _capturing:
+        raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
     return ndarray._of(_own(np.asarray(obj, dtype)))
 
 
@@ -420,6 +442,8 @@ def gemmEx(
     algo: int,
 ) -> None:
     """C (m, n) = alpha*op(A)*op(B) + beta*C, all with columns of lda, ldb, ldc numbers."""
+    if get_current_stream().ptr in _capturing:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
     sizes = (m, n, k, lda, ldb, ldc)
     if any(not isinstance(size, int) or size >= 2**31 for size in sizes):
         raise OverflowError(f"value too large to convert to int: {sizes}")
@@ -587,6 +611,7 @@ runtime = _module(
     CUDA_R_16BF=14,
     getDevice=lambda: _here.device,
     getDeviceCount=lambda: DEVICES,
+    streamIsCapturing=lambda stream: stream in _capturing,
     driverGetVersion=lambda: 12090,
     runtimeGetVersion=lambda: 12090,
     getDeviceProperties=lambda device: {
