@@ -166,14 +166,14 @@ def test_default_text_is_the_standard_library(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT that can be sent to one process")
 def test_interrupt_saves(folder: Path, tmp_path: Path) -> None:
     command = [*CHAR_LM, "--text", str(folder / "text.txt"), "--steps", "1000000", *TINY, *SHORT]
+    # A test run in the background may have SIGINT ignored, which children inherit.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", heed, *command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background may have SIGINT ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout
