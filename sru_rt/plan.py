@@ -267,9 +267,14 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
                 "separated by commas"
             )
-    made = replace(made, **chosen)  # type: ignore[arg-type]
-    if made.replay_depth > 1:
-        made = replace(made, replay_depth=chosen.get("depth", made.replay_depth))
+    depth = chosen.get("depth")
+    made = replace(
+        made,
+        width=chosen.get("width", made.width),
+        depth=depth or made.depth,
+        replay_depth=depth or made.replay_depth if made.replay_depth > 1 else 1,
+        threads=chosen.get("threads", made.threads),
+    )
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every = arguments.given.every

@@ -22,13 +22,14 @@ import pytest
 from ml_dtypes import bfloat16
 
 import sru_rt
+import test_arrays
 import tolerance
 from emu import emulator, fake_cupy
 from sru_rt import launch, on_cupy, recurrence
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
+from test_arrays import B, D, L, d
 from test_cells import DTYPES, LAYER_ROWS, LAYOUTS, POLICIES, ROWS, SIZES, Problem, compare, name_of
 
-L, B, D, d = 6, 3, 2, 5
 LENGTHS = [5, 0, 4]
 record = fake_cupy.record
 
@@ -102,20 +103,9 @@ def assert_on_device(value: Any, device: int = 0) -> None:
 
 
 def arguments(function: str = "sru_forward", dtype: Any = np.float32) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-
-    def draw(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(dtype)
-
-    result: dict[str, Any] = {"x": draw(L, B, D * d), "bias": draw(D, 2, d), "v": draw(D, 2, d)}
-    if function == "sru_recurrence":
-        result["u"] = draw(L, B, D, 3, d)
-    else:
-        result["weight"] = draw(D, 3, d, D * d)
-    if function == "sru_step":
-        return result | {"x": result["x"][0], "c": draw(D, B, d)}
-    mask, reset = rng.random((2, L, B)) < 0.2
-    return result | {"c0": draw(D, B, d), "lengths": np.array(LENGTHS), "mask": mask, "reset": reset}
+    """Those of the tests on the CPU, with flags of bool."""
+    result = test_arrays.arguments(function, dtype)
+    return result | {name: result[name].astype(bool) for name in ("mask", "reset") if name in result}
 
 
 FUNCTIONS = ("sru_forward", "sru_recurrence", "sru_step")

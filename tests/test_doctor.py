@@ -155,7 +155,7 @@ def test_what_mends_it(found, command, monkeypatch):
 def test_how_to_install_a_compiler(tool, command, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name if name == tool else None)
     for user, given in ((1000, command), (0, command.removeprefix("sudo "))):
-        monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)  # noqa: B023
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user, raising=False)
         (item,) = advice.advice({**HEALTHY, "compiler": {"error": "no C++ compiler was found on the PATH"}})
         assert item["command"] == given
 

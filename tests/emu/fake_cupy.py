@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import itertools
 import operator
 import re
@@ -30,7 +31,7 @@ from sru_rt import launch_gpu, plan
 from . import emulator
 
 with suppress(ImportError):  # before its place is taken: parts of it that are imported meanwhile would not fit together
-    import cupy as _real_cupy  # noqa: F401
+    importlib.import_module("cupy")
 
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "cuda"
 DEVICES = 2
