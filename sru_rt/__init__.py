@@ -3,25 +3,19 @@
 Nothing happens at import: no framework is imported, nothing is compiled, no folder is made.
 """
 
-from ._version import __version__
-from .cells import sru_backward, sru_forward, sru_init, sru_recurrence, sru_step
-from .graph import exp, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where
-
-__all__ = [
-    "__version__",
-    "exp",
-    "log",
-    "maximum",
-    "minimum",
-    "relu",
-    "sigmoid",
-    "softplus",
-    "sqrt",
-    "sru_backward",
-    "sru_forward",
-    "sru_init",
-    "sru_recurrence",
-    "sru_step",
-    "tanh",
-    "where",
-]
+from ._version import __version__ as __version__
+from .cells.mingru import *
+from .cells.minlstm import *
+from .cells.qrnn import *
+from .cells.sru import *
+from .graph import exp as exp
+from .graph import log as log
+from .graph import maximum as maximum
+from .graph import minimum as minimum
+from .graph import relu as relu
+from .graph import sigmoid as sigmoid
+from .graph import softplus as softplus
+from .graph import sqrt as sqrt
+from .graph import tanh as tanh
+from .graph import where as where
+from .own import cell as cell

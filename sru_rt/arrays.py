@@ -30,13 +30,33 @@ def array_function(function: F) -> F:
     names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        found = {name for value in _leaves((*args, *kwargs.values())) if (name := _library_of(value))}
-        if found <= {"numpy"}:
-            return function(*args, **kwargs)
-        return _call_elsewhere(function, names, args, kwargs)
+    def on_any_arrays(*args: Any, **kwargs: Any) -> Any:
+        return call(function, function.__name__, names, args, kwargs)
 
-    return call  # type: ignore[return-value]
+    return on_any_arrays  # type: ignore[return-value]
+
+
+def call(
+    function: Callable[..., Any], name: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls a function on NumPy or CuPy arrays, called `name` and with parameters `names`, with arrays of any library.
+
+    See `array_function`.
+    """
+    found = {kind for value in _leaves((*args, *kwargs.values())) if (kind := _library_of(value))}
+    if found <= {"numpy"}:
+        return function(*args, **kwargs)
+    named = [*zip(names, args), *kwargs.items()]
+    example = next(filter(dlpack.is_foreign, _leaves((*args, *kwargs.values()))))
+    own = libraries.of(example)
+    on_device = own is not None or dlpack.on_cuda(example)
+    checked = [(n, value) for n, value in named if not (on_device and _are_host_lengths(n, value))]
+    if len({_library_of(leaf) for _, value in checked for leaf in _leaves([value])} - {None}) > 1:
+        raise _mixed(name, checked)
+    if own is not None:
+        with own.current():
+            return function(*args, **kwargs)
+    return dlpack.call(function, name, names, args, kwargs, example)
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
@@ -52,23 +72,6 @@ def _library_of(value: Any) -> str | None:
     if isinstance(value, np.ndarray):
         return "numpy"
     return dlpack.library(value) if dlpack.is_foreign(value) else None
-
-
-def _call_elsewhere(
-    function: Callable[..., Any], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """A call with at least one array that is not NumPy's."""
-    named = [*zip(names, args), *kwargs.items()]
-    example = next(filter(dlpack.is_foreign, _leaves((*args, *kwargs.values()))))
-    own = libraries.of(example)
-    on_device = own is not None or dlpack.on_cuda(example)
-    checked = [(name, value) for name, value in named if not (on_device and _are_host_lengths(name, value))]
-    if len({_library_of(leaf) for _, value in checked for leaf in _leaves([value])} - {None}) > 1:
-        raise _mixed(function.__name__, checked)
-    if own is not None:
-        with own.current():
-            return function(*args, **kwargs)
-    return dlpack.call(function, names, args, kwargs, example)
 
 
 def _are_host_lengths(name: str, value: Any) -> bool:

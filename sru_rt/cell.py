@@ -30,16 +30,20 @@ class Array:
     """An array that a recurrence takes, and the values of the step function that it holds.
 
     Its axes follow from `kind`: gates (L, B, D, members, d), inputs (L, B, D, d), per_sequence (B, D, d),
-    params (D, members, d), state (D, B, d). Inputs that are `stacked` are (L, B, D, members, d).
+    params (D, members, d), state (D, B, d), of which there is one for each member. Inputs that are `stacked` are
+    (L, B, D, members, d). Users give inputs that are `side_by_side` as (L, B, D*d), as h is.
     """
 
     name: str
     kind: str
     members: tuple[str, ...]
     stacked: bool = False
+    side_by_side: bool = False
+    differentiable: bool = True
 
     @property
     def axes(self) -> str:
+        """Of the array as kernels take it."""
         members = f"{len(self.members)} " if self.stacked or self.kind in ("gates", "params") else ""
         return {
             "gates": f"L B D {members}d",
@@ -67,23 +71,22 @@ class Cell:
         for array in self.arrays:
             if array.kind not in KINDS[:-1]:
                 raise StepError(
-                    f"{self._where}: {array.name!r} is of kind {array.kind!r}; kinds are {', '.join(KINDS[:-1])}"
+                    f"{self.where}: {array.name!r} is of kind {array.kind!r}; kinds are {', '.join(KINDS[:-1])}"
                 )
         if not self.name.isidentifier():
-            raise StepError(f"{self._where}: {self.name!r} cannot be the name of a cell; it must be an identifier")
+            raise StepError(f"{self.where}: {self.name!r} cannot be the name of a cell; it must be an identifier")
         for name in names:
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise StepError(
-                    f"{self._where}: {name!r} cannot be the name of a value in a step function; it must be an "
-                    "identifier"
+                    f"{self.where}: {name!r} cannot be the name of a value in a step function; it must be an identifier"
                 )
         for name in names:
             if names.count(name) > 1:
-                raise StepError(f"{self._where}: {name!r} is declared twice; give each value a name of its own")
+                raise StepError(f"{self.where}: {name!r} is declared twice; give each value a name of its own")
         if len(self.inputs) > 32:
-            raise StepError(f"{self._where}: a cell takes at most 32 inputs (got {len(self.inputs)})")
+            raise StepError(f"{self.where}: a cell takes at most 32 inputs (got {len(self.inputs)})")
         if not self.gates or not self.state:
-            raise StepError(f"{self._where}: a cell needs at least one gate and one state")
+            raise StepError(f"{self.where}: a cell needs at least one gate and one state")
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The values of one kind, in the order in which kernels take them."""
@@ -110,6 +113,16 @@ class Cell:
         return self.of_kind("state")
 
     @property
+    def initial(self) -> str:
+        """What the initial states are called together, such as c0. Cells of a layer declare them so, as one array."""
+        return next(a.name for a in self.arrays if a.kind == "state")
+
+    @property
+    def last(self) -> str:
+        """What the last states are called together, such as c_last."""
+        return f"{self.initial.removesuffix('0')}_last"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All names that the step function takes, in their order."""
         return tuple(name for kind in KINDS for name in self.of_kind(kind))
@@ -126,7 +139,8 @@ class Cell:
         return _is_affine(self)
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """File and line of the step function, and the cell's name, to begin a message with."""
         code = getattr(self.step, "__code__", None)
         return f"{code.co_filename}:{code.co_firstlineno}: cell {self.name}" if code else f"cell {self.name}"
 
@@ -171,10 +185,10 @@ def _trace(cell: Cell) -> Formula:
     if not isinstance(result, tuple) or len(result) != len(cell.state) + 1:
         got = f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
         needed = ", ".join(cell.state)
-        raise StepError(f"{cell._where}: the step function returns {got}; it must return ({needed}, h)")
-    outputs = [graph.as_node(table, value, cell._where) for value in result]
+        raise StepError(f"{cell.where}: the step function returns {got}; it must return ({needed}, h)")
+    outputs = [graph.as_node(table, value, cell.where) for value in result]
     if any(node.is_condition for node in outputs):
-        raise StepError(f"{cell._where}: the step function returns a comparison; use sru_rt.where to make it a number")
+        raise StepError(f"{cell.where}: the step function returns a comparison; use sru_rt.where to make it a number")
     names: dict[Node, str] = {}
     for name, value in variables.items():
         if isinstance(value, Node) and value.op not in graph.LEAVES:
@@ -192,12 +206,7 @@ def _trace(cell: Cell) -> Formula:
 
 def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, Any]]:
     """Calls the step function; returns its result and its local variables, whose names the emitted text keeps."""
-    try:
-        inspect.signature(cell.step).bind(**leaves)
-    except TypeError as error:
-        raise StepError(
-            f"{cell._where}: the step function does not take the declared values {', '.join(cell.names)}: {error}"
-        ) from None
+    _check_signature(cell)
     variables: dict[str, Any] = {}
 
     def watch(frame: Any, event: str, _: Any) -> None:
@@ -208,5 +217,55 @@ def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, A
     sys.setprofile(watch)
     try:
         return cell.step(**leaves), variables
+    except StepError:
+        raise
+    except Exception as error:
+        raise StepError(f"{_place_of(error, cell)}: {_explained(error)}") from error
     finally:
         sys.setprofile(profiler)
+
+
+def _check_signature(cell: Cell) -> None:
+    """Raises StepError unless the step function can be called with the declared values by name."""
+    taken = inspect.signature(cell.step).parameters.values()
+    by_name = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in taken)
+    needed = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    undeclared = [name for name in needed if name not in cell.names]
+    if undeclared:
+        raise StepError(
+            f"{cell.where}: the step function takes {', '.join(undeclared)}, which is not declared; declared are "
+            f"{', '.join(cell.names)}: name it among {', '.join(KINDS)}"
+        )
+    unknown = [name for name in cell.names if name not in by_name and not takes_any]
+    if unknown:
+        raise StepError(
+            f"{cell.where}: {', '.join(unknown)} is declared, but the step function does not take it by name; it "
+            f"takes {', '.join(p.name for p in taken)}"
+        )
+
+
+def _place_of(error: Exception, cell: Cell) -> str:
+    """File and line of the step function, or of what it called, where an error arose outside of this package."""
+    where, trace = cell.where, error.__traceback__
+    package = f"{__name__.rpartition('.')[0]}."
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_filename == getattr(cell.step, "__code__", frame.f_code).co_filename:
+            own = not frame.f_globals.get("__name__", "").startswith(package)
+            where = f"{frame.f_code.co_filename}:{trace.tb_lineno}" if own else where
+        trace = trace.tb_next
+    return where
+
+
+def _explained(error: Exception) -> str:
+    functions = ", ".join([*graph.FUNCTIONS, "where", "minimum", "maximum"])
+    if isinstance(error, NameError):
+        return (
+            f"{error}; a step function sees its arguments, which are declared, and what is around it, such as the "
+            f"functions of sru_rt: {functions}"
+        )
+    return (
+        f"{type(error).__name__}: {error}; a step function works on its arguments and on numbers with + - * /, "
+        f"comparisons in sru_rt.where, and the functions of sru_rt: {functions}"
+    )

@@ -57,13 +57,13 @@ def each_array(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def call(
     function: Callable[..., Any],
+    name: str,
     names: tuple[str, ...],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     example: Any,
 ) -> Any:
     """Calls a function on NumPy or CuPy arrays with views of foreign ones; results are of the library of `example`."""
-    name = function.__name__
     on_device = next(filter(on_cuda, _foreign((*args, *kwargs.values()))), None)
     convert = to_numpy if on_device is None else to_cupy
     _refuse_options(name, kwargs, example, "NumPy" if on_device is None else "CuPy")

@@ -133,6 +133,32 @@ def formula_lines(cell: Cell) -> list[str]:
     return lines
 
 
+def describe(cell: Cell) -> str:
+    """The formula of a cell and its derivatives, as text to read."""
+    f = cell.formula
+    declared = "; ".join(f"{kind} {' '.join(cell.of_kind(kind))}" for kind in KINDS if cell.of_kind(kind))
+    names = {name: f"{name}'" if name in cell.state else name for name in cell.names}
+    names |= {adjoint_of(name): f"d{name}_next" for name in cell.state} | {ADJOINT_OF_H: "dh"}
+    results = {name: f"d{names[name]}" for name in f.gradient}
+    taken = names | {f"result {name}": result for name, result in results.items()}
+    block = _Block(list(f.gradient.values()), f.gradient_names, taken, cpp=False)
+    states, new = ", ".join(names[name] for name in cell.state), ", ".join(f"d{name}_next" for name in cell.state)
+    return "\n".join(
+        [
+            f"{cell.name}: {declared}",
+            f"{'affine' if cell.affine else 'not affine'} in the state",
+            "",
+            *(f"  {line}" for line in formula_lines(cell)),
+            "",
+            f"Derivatives, where {states} is the state before the step, and {new}, dh are the gradients of the new",
+            "state and of h:",
+            "",
+            *(f"  {line}" for line in block.lines),
+            *(f"  {results[name]} = {block[node]}" for name, node in f.gradient.items()),
+        ]
+    )
+
+
 def emit(cell: Cell) -> str:
     """The cell as a C++ struct with the members `step` and `gradient`, both over any number type `real`."""
     counts = ", ".join(f"n_{kind} = {len(cell.of_kind(kind))}" for kind in KINDS)

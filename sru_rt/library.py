@@ -63,17 +63,22 @@ class Library(Protocol):
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
         """An uninitialised C-contiguous array."""
 
+    def workspace(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
+        """As `empty`, for one call: the memory is the next one's that asks in this thread and on this stream."""
+
     def contiguous(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:
         """`array` itself if kernels can take it: in that dtype, C-contiguous and aligned; else a copy."""
 
     def not_writable(self, array: NDArray) -> str:
         """What an array must be for kernels to write to it, if it is not so; else an empty string."""
 
+    # The rows of the factors and of `out` are contiguous, but need not follow upon each other.
+
     def times(self, a: NDArray, b: NDArray, plus: NDArray | None = None) -> NDArray:
         """a (n, m) times b (m, k), plus `plus` (n, k), which may be written to; in the dtype of `a`."""
 
-    def times_transposed(self, a: NDArray, b: NDArray) -> NDArray:
-        """a (n, m) times b.T (m, k), in the dtype of `a`."""
+    def times_transposed(self, a: NDArray, b: NDArray, out: NDArray | None = None) -> NDArray:
+        """a (n, m) times b.T (m, k), in the dtype of `a`; written to `out` (n, k) if it is given."""
 
     def transposed_times(self, a: NDArray, b: NDArray) -> NDArray:
         """a.T (m, n) times b (n, k), a sum over many rows, in the dtype of the sum: float32 for 16-bit data."""

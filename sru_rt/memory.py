@@ -6,7 +6,8 @@ large blocks are not given back to the system at once, but kept for the next arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,6 +20,8 @@ NDArray = np.ndarray[Any, Any]
 
 _ALIGNMENT = 64  # a cache line: packs of lanes do not straddle two
 _LARGE = 1 << 20  # below, the system's allocator reuses memory well
+
+_MOST_PLACES = 16
 
 _free: list[NDArray] = []  # oldest first
 
@@ -60,3 +63,20 @@ def _take(nbytes: int) -> _Block:
             return _Block(block)
         _free.insert(i, block)
     return _Block(np.empty(nbytes, np.uint8))
+
+
+class Workspace(threading.local):
+    """Memory that a thread's next call at the same place writes anew."""
+
+    def __init__(self) -> None:
+        self._memory: dict[Hashable, Any] = {}
+
+    def array(self, place: Hashable, shape: Sequence[int], dtype: np.dtype[Any], empty: Callable[..., Any]) -> Any:
+        """An array of that shape; if the place has too little memory so far, `empty` gives it more."""
+        nbytes = prod(shape) * dtype.itemsize
+        memory = self._memory.get(place)
+        if memory is None or memory.nbytes < nbytes:
+            if len(self._memory) >= _MOST_PLACES:  # streams come and go
+                self._memory.clear()
+            memory = self._memory[place] = empty((nbytes,), np.dtype(np.uint8))
+        return memory[:nbytes].view(dtype).reshape(shape)

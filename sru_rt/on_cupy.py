@@ -18,10 +18,12 @@ import numpy as np
 from . import settings
 from .dtypes import name_of, state_dtype, to_numpy
 from .errors import ArgumentError, LibraryError
+from .memory import Workspace
 
 NDArray = Any  # cupy.ndarray
 
 _NOTHING = nullcontext()
+_workspace = Workspace()
 
 # Kernels load up to this many bytes at once. CuPy's own memory begins at multiples of 512; a view may begin anywhere.
 _ALIGNMENT = 16
@@ -79,6 +81,12 @@ class CuPy:
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
         return self.xp.empty(shape, dtype)
 
+    def workspace(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
+        stream = self.stream()
+        if self.xp.cuda.runtime.streamIsCapturing(stream):  # a graph may be replayed on another stream
+            return self.empty(shape, dtype)
+        return _workspace.array((self.id, stream), shape, dtype, self.empty)
+
     def contiguous(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:
         array = self.xp.ascontiguousarray(array, dtype)
         return array if array.data.ptr % _ALIGNMENT == 0 else array.copy()
@@ -92,8 +100,9 @@ class CuPy:
         out = self.empty((a.shape[0], b.shape[1]), a.dtype) if plus is None else plus
         return self._gemm(a, False, b, False, out, add=plus is not None)
 
-    def times_transposed(self, a: NDArray, b: NDArray) -> NDArray:
-        return self._gemm(a, False, b, True, self.empty((a.shape[0], b.shape[0]), a.dtype))
+    def times_transposed(self, a: NDArray, b: NDArray, out: NDArray | None = None) -> NDArray:
+        out = self.empty((a.shape[0], b.shape[0]), a.dtype) if out is None else out
+        return self._gemm(a, False, b, True, out)
 
     def transposed_times(self, a: NDArray, b: NDArray) -> NDArray:
         shape, dtype = (a.shape[1], b.shape[1]), to_numpy(state_dtype(name_of(a.dtype)))
@@ -104,7 +113,7 @@ class CuPy:
     def _gemm(
         self, a: NDArray, transpose_a: bool, b: NDArray, transpose_b: bool, out: NDArray, add: bool = False
     ) -> NDArray:
-        """Writes a (or a.T) times b (or b.T) to `out`, or adds it; all are C-contiguous.
+        """Writes a (or a.T) times b (or b.T) to `out`, or adds it.
 
         cuBLAS counts along columns first, so to it each of our matrices is its transpose, and it is asked for
         out.T = b.T a.T.
@@ -130,14 +139,14 @@ class CuPy:
             one,
             b.data.ptr,
             _data_type(runtime, b),
-            b.shape[1],
+            _row(b),
             a.data.ptr,
             _data_type(runtime, a),
-            a.shape[1],
+            _row(a),
             one if add else zero,
             out.data.ptr,
             _data_type(runtime, out),
-            out.shape[1],
+            _row(out),
             _compute_type(cublas, a),
             cublas.CUBLAS_GEMM_DEFAULT,
         )
@@ -201,6 +210,11 @@ def _cublas_library() -> ctypes.CDLL:
         *(*matrix, *matrix, pointer, *matrix, *kinds),
     )
     return library
+
+
+def _row(matrix: NDArray) -> int:
+    """Numbers from the beginning of a row to that of the next."""
+    return max(matrix.shape[1], matrix.strides[0] // matrix.itemsize if matrix.shape[0] > 1 else 1)
 
 
 def _data_type(runtime: Any, array: NDArray) -> int:

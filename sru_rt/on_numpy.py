@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from .errors import LibraryError
-from .memory import empty
+from .memory import Workspace, empty
 
 NDArray = np.ndarray[Any, Any]
 
 _ROWS = 2048  # rows of a block: large enough for BLAS, small enough to stay in the cache
 _NOTHING = nullcontext()
+_workspace = Workspace()
 
 
 class NumPy:
@@ -69,8 +70,11 @@ class NumPy:
             return ""
         return "C-contiguous, aligned, writeable and of native byte order"
 
-    def times(self, a: NDArray, b: NDArray, plus: NDArray | None = None) -> NDArray:
-        out = empty((a.shape[0], b.shape[1]), a.dtype)
+    def workspace(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
+        return _workspace.array(None, shape, dtype, empty)
+
+    def times(self, a: NDArray, b: NDArray, plus: NDArray | None = None, out: NDArray | None = None) -> NDArray:
+        out = empty((a.shape[0], b.shape[1]), a.dtype) if out is None else out
         with np.errstate(all="ignore"):  # padding may hold anything, infinities included
             if a.itemsize > 2:
                 np.matmul(a, b, out=out)
@@ -84,8 +88,8 @@ class NumPy:
                 out[rows] = block if plus is None else block + _wide(plus[rows])
         return out
 
-    def times_transposed(self, a: NDArray, b: NDArray) -> NDArray:
-        return self.times(a, b.T)
+    def times_transposed(self, a: NDArray, b: NDArray, out: NDArray | None = None) -> NDArray:
+        return self.times(a, b.T, out=out)
 
     def transposed_times(self, a: NDArray, b: NDArray) -> NDArray:
         with np.errstate(all="ignore"):  # as above

@@ -62,7 +62,7 @@ class Operands:
 
 def operand(declared: Array, array: NDArray, dtype: str, library: Library = NUMPY) -> NDArray:
     """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
-    own = declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) == dtype)
+    own = declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) in (dtype, "bool"))
     return library.contiguous(array, to_numpy(dtype if own else state_dtype(dtype)))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import settings
-from .cells import sru_backward, sru_forward
+from .cells.sru import sru_backward, sru_forward
 
 _SECONDS = 300
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import cache, compile_cpu, compile_gpu, layer
+from . import cache, compile_cpu, compile_gpu
 from .calls import Call
 from .cell import Cell
 from .cells import named_cells
 from .check import Check
 from .dtypes import state_dtype
 from .errors import ArgumentError, SruRtError
+from .options import memory_policy
 from .plan import MAX_BATCHES, USUAL_MULTIPROCESSORS, Device, Plan
 from .variant import Variant
 
@@ -156,7 +157,7 @@ def _devices(options: argparse.Namespace) -> Iterator[Device]:
 
 def calls(options: argparse.Namespace) -> Iterator[Call]:
     """The calls that the options describe."""
-    policies = [layer.memory_policy(Check("sru_rt warm"), save) for save in options.save]
+    policies = [memory_policy(Check("sru_rt warm"), save) for save in options.save]
     combinations = itertools.product(
         _cells(options.cell), options.dtype, options.directions, options.d, options.length, policies
     )

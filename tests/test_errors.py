@@ -291,13 +291,13 @@ def forward(**changes: Any) -> dict[str, Any]:
 MORE = [
     # the skip
     ("sru_forward", forward(x=zeros(L, B, 7), weight=zeros(D, 3, d, 7)),
-     ShapeError, "x has ", "7", "10", "fourth gate", "highway=False"),
+     ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),
     ("sru_forward", forward(x=zeros(L, B, d), weight=zeros(D, 3, d, d)),
-     ShapeError, "x has ", "5", "10", "fourth gate", "highway=False"),
+     ShapeError, "x has ", "5", "10", "one more gate", "highway=False"),
     ("sru_recurrence", dict(u=U), ArgumentError, "x is None", "pass x", "fourth gate", "highway=False"),
     ("sru_recurrence", dict(u=U, x=X, highway=False), ArgumentError, "x is given", "leave x out"),
     ("sru_recurrence", dict(u=zeros(L, B, D, 4, d), x=X), ArgumentError, "x is given", "leave x out"),
-    ("sru_recurrence", dict(u=U, x=zeros(L, B, 7)), ShapeError, "x has ", "7", "10", "fourth gate", "highway=False"),
+    ("sru_recurrence", dict(u=U, x=zeros(L, B, 7)), ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),
     ("sru_recurrence", dict(u=U, x=X[:4]), ShapeError, "x has shape (4, 3, 10)", "L = 6", "from u"),
     ("sru_recurrence", dict(u=U, x=X.astype("f8")), DtypeError, "x has dtype float64", "needs float32", "give u "),
     # directions

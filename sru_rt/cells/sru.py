@@ -18,15 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays, layer, library
+from .. import inputs, layer
 from ..arrays import array_function
 from ..cell import Array, Cell
 from ..check import Check
-from ..dtypes import IO_DTYPES, to_numpy
 from ..errors import ShapeError
 from ..gradients import Gradients
 from ..graph import relu, sigmoid, tanh
-from ..library import NDArray
+from ..init import Init
+from ..inputs import Input
+from ..options import Options as Shared
+
+__all__ = ["sru_backward", "sru_forward", "sru_init", "sru_recurrence", "sru_step"]
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"identity": lambda c: c, "tanh": tanh, "relu": relu}
 
@@ -80,8 +83,8 @@ def sru_cell(o: Options) -> Cell:
     gates = ("u0", *(f"u{name}" for name in gated), *(["u3"] if o.skip == "projected" else []))
     v = Array("v", o.v, tuple(f"v_{name}" for name in gated), stacked=True)
     declared = [Array("u", "gates", gates)]
-    declared += [Array("x", "inputs", ("x",))] if o.skip == "x" else []
-    declared += [Array("dropout_mask", "per_sequence", ("m",))] if o.dropout else []
+    declared += [Array("x", "inputs", ("x",), side_by_side=True)] if o.skip == "x" else []
+    declared += [Array("dropout_mask", "per_sequence", ("m",), differentiable=False)] if o.dropout else []
     declared += [Array("bias", "params", tuple(f"b_{name}" for name in gated))] if o.bias else []
     declared += [v] if o.v != "none" else []
     declared += [Array("c0", "state", ("c",))]
@@ -162,11 +165,11 @@ def sru_forward(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming the argument, what it is and what it must be.
     """
     check = Check("sru_forward")
-    dtype, projection = _projection(check, "L B d_in", x, weight)
+    dtype, projected = inputs.projected(check, x, weight)
     options = _options(check, "weight", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
     values = {"x": x, "weight": weight, "bias": bias, "v": v, "c0": c0, "dropout_mask": dropout_mask}
-    shared = layer.Options(lengths, mask, reset, time_parallel, save, saved_dtype, out)
-    return _run(check, options, dtype, values, alpha, shared, projection)
+    shared = Shared(lengths, mask, reset, time_parallel, save, saved_dtype, out)
+    return _run(check, options, dtype, values, alpha, shared, projected)
 
 
 @array_function
@@ -201,21 +204,11 @@ def sru_recurrence(
     backward gives the gradient of u.
     """
     check = Check("sru_recurrence")
-    u = check.plain("u", u)
-    dtype = check.io_dtype("u", u)
-    check.shape("u", u, "L B D k d")
-    layer.check_directions(check, "u")
+    dtype = inputs.given_u(check, u)
     options = _options(check, "u", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
-    if options.skip == "x" and x is None:
-        raise check.error(
-            "x",
-            "is None, but u has 3 gates and highway=True, so the skip is x: pass x (L, B, D*d), a u with a fourth gate "
-            "for the skip, or highway=False",
-        )
-    if options.skip != "x" and x is not None:
-        raise check.error("x", "is given, but with this u and these flags the skip is not x; leave x out")
+    inputs.check_skip_of_u(check, x, options.skip == "x")
     values = {"u": u, "x": x, "bias": bias, "v": v, "c0": c0, "dropout_mask": dropout_mask}
-    shared = layer.Options(lengths, mask, reset, time_parallel, save, saved_dtype, out)
+    shared = Shared(lengths, mask, reset, time_parallel, save, saved_dtype, out)
     return _run(check, options, dtype, values, alpha, shared)
 
 
@@ -268,16 +261,10 @@ def sru_step(
         h (B, D*d) and the new state (D, B, d).
     """
     check = Check("sru_step", c0="c")
-    check.set("L", 1, "one token")
-    dtype, projection = _projection(check, "B d_in", x, weight)
+    dtype, projected, x = inputs.projected_token(check, x, weight)
     options = _options(check, "weight", activation, highway, reset_gate, reset_on, bias, v, dropout_mask)
-    values = {"x": projection.x, "weight": weight, "bias": bias, "v": v, "c0": c, "dropout_mask": dropout_mask}
-    if isinstance(out, (tuple, list)) and len(out) == 2 and library.of(out[0]):
-        check.set("D*d", check["D"] * check["d"], "weight")
-        check.shape("out[0]", out[0], "B D*d")
-        out = (out[0][None], out[1])
-    h, c_last = _run(check, options, dtype, values, alpha, layer.Options(out=out), projection)
-    return h[0], c_last
+    values = {"x": x, "weight": weight, "bias": bias, "v": v, "c0": c, "dropout_mask": dropout_mask}
+    return inputs.one_token(check, out, lambda shared: _run(check, options, dtype, values, alpha, shared, projected))
 
 
 def sru_init(
@@ -323,78 +310,26 @@ def sru_init(
         ArgumentError: a size is not a positive integer, or options contradict each other.
     """
     check = Check("sru_init")
-    for name, size in (
-        ("d_in", d_in),
-        ("d", d),
-        ("directions", directions),
-        ("low_rank", 1 if low_rank is None else low_rank),
-    ):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise check.error(name, f"must be a positive integer (got {size!r})")
-    check.choice("directions", int(directions) if directions in (1, 2) else directions, (1, 2))
-    check.choice("project_skip", project_skip, ("auto", True, False))
+    init = Init(check, d_in, d, directions, low_rank, dtype, rng)
     for name, flag in (("recurrent", recurrent), ("highway", highway), ("reset_gate", reset_gate)):
         check.choice(name, flag, (True, False))
-    kind = _init_dtype(check, dtype)
     highway_bias = check.number("highway_bias", highway_bias)
     if abs(highway_bias) > 100:  # exp of more than 700 is infinite
         raise check.error("highway_bias", f"must be from -100 to 100 (got {highway_bias!r})")
-    has_skip = highway and reset_gate
-    projected = has_skip and (project_skip is True or (project_skip == "auto" and d_in != directions * d))
-    if project_skip is True and not has_skip:
-        raise check.error("project_skip", "is True, but without highway or reset gate there is no skip; leave it out")
-    if has_skip and not projected and d_in != directions * d:
-        raise check.error(
-            "project_skip",
-            f"is False, but the skip adds x of size {d_in} to h of size {directions * d}; use 'auto', or highway=False",
-        )
-    try:
-        generator = np.random.default_rng(rng)
-    except (TypeError, ValueError):
-        raise check.error("rng", f"must be a numpy.random.Generator or a seed, an integer >= 0 (got {rng!r})") from None
-
-    def uniform(shape: tuple[int, ...], variance: float) -> np.ndarray[Any, Any]:
-        bound = np.sqrt(3 * variance)
-        try:
-            return generator.uniform(-bound, bound, shape)
-        except ValueError:
-            raise check.error("d_in, d", f"ask for an array {shape}, which is larger than any memory") from None
-
-    gated = 2 if reset_gate else 1
-    k = 1 + gated + projected
+    has_skip = bool(highway and reset_gate)
+    projected = init.skip_is_projected(project_skip, has_skip)
     alpha = float(np.sqrt(1 + 2 * np.exp(highway_bias)))
-    outer = uniform((directions, k, d, low_rank or d_in), 1 / (low_rank or d_in))
-    if projected:
-        outer[:, -1] *= alpha
-    bias = np.zeros((directions, gated, d))
-    bias[:, 1:] = highway_bias
-    weight: Any = outer.astype(kind)
-    if low_rank:
-        weight = (weight, uniform((low_rank, d_in), 1 / d_in).astype(kind))
-    params: dict[str, Any] = {"weight": weight, "bias": bias.astype(kind)}
+    gated = 2 if reset_gate else 1
+    params: dict[str, Any] = {
+        "weight": init.weight(1 + gated + projected, scale_of_last=alpha if projected else 1.0),
+        "bias": init.biases(0.0, highway_bias)[:, :gated],
+    }
     if recurrent:
-        params["v"] = uniform((directions, gated, d), 0.5).astype(kind)
+        params["v"] = init.uniform((init.D, gated, init.d), 0.5)
     if has_skip and not projected:
         params["alpha"] = alpha
     params |= {name: False for name, on in (("highway", highway), ("reset_gate", reset_gate)) if not on}
-    return arrays.like("sru_init", params, like)
-
-
-def _init_dtype(check: Check, dtype: Any) -> np.dtype[Any]:
-    try:
-        name = str(dtype) if dtype is None else np.dtype(dtype).name
-    except TypeError:  # bfloat16 is unknown to NumPy by name
-        name = str(dtype)
-    check.choice("dtype", name, IO_DTYPES)
-    return to_numpy(name)
-
-
-def _projection(check: Check, axes: str, x: Any, weight: Any) -> tuple[str, layer.Projection]:
-    """The dtype that all others follow, and x as (L, B, d_in) with its weight."""
-    x = check.plain("x", x)
-    dtype = check.io_dtype("x", x)
-    check.shape("x", x, axes)
-    return dtype, layer.Projection(x if x.ndim == 3 else x[None], layer.weight(check, weight, dtype))
+    return init.result(params, like)
 
 
 def _options(
@@ -437,28 +372,14 @@ def _run(
     dtype: str,
     values: dict[str, Any],
     alpha: Any,
-    shared: layer.Options,
-    projection: layer.Projection | None = None,
+    shared: Shared,
+    projected: Input | None = None,
 ) -> tuple[Any, ...]:
     """What the functions share once their own arguments are checked."""
     alpha = check.number("alpha", alpha)
     if not options.dropout:
         del values["dropout_mask"]
     if options.skip == "x":
-        values["x"] = _skip(check, values["x"], dtype, "weight" if projection else "u")
+        inputs.check_skip(check, values["x"], dtype, "weight" if projected else "u")
     cell = sru_cell(options)
-    return layer.forward(check, cell, dtype, values, (alpha,) if cell.constants else (), shared, projection)
-
-
-def _skip(check: Check, x: Any, dtype: str, gates: str) -> NDArray:
-    """x as the skip, (L, B, D, d): each direction has its own part."""
-    x = check.array("x", x, "L B d_in", (dtype,))
-    D, d = check["D"], check["d"]
-    if x.shape[2] != D * d:
-        raise check.error(
-            "x",
-            f"has d_in = {x.shape[2]}, but the highway adds it to h of size D*d = {D}*{d} = {D * d}: give {gates} a "
-            "fourth gate for a projected skip (sru_init does so), or pass highway=False",
-            ShapeError,
-        )
-    return check.library.xp.ascontiguousarray(x).reshape(*x.shape[:2], D, d)
+    return layer.forward(check, cell, dtype, values, (alpha,) if cell.constants else (), shared, projected)

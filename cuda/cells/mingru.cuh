@@ -1,0 +1,48 @@
+// clang-format off
+// Written by sru_rt from the step function of mingru; change that one.
+//
+//   z = sigmoid(uz + b_z)
+//   n = un + b_n
+//   h = (1 - z)*h' + z*n
+#pragma once
+
+struct mingru_cell {
+  static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 2, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], un = gate[1];
+    const real b_z = param[0], b_n = param[1];
+    const real h_prev = state[0];
+    const real z = sigmoid(uz + b_z);
+    const real n = un + b_n;
+    const real h = fma(real(1.0) - z, h_prev, z * n);
+    new_state[0] = h;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real uz = gate[0], un = gate[1];
+    const real b_z = param[0], b_n = param[1];
+    const real h_prev = state[0];
+    const real dh_next = dnew_state[0], dh = *dnew_h;
+    const real dh2 = dh_next + dh;
+    const real n = un + b_n;
+    const real dz = fma(dh2, n, -(dh2 * h_prev));
+    const real z = sigmoid(uz + b_z);
+    const real t1 = real(1.0) - z;
+    const real t2 = dz * (z * t1);
+    const real dn = dh2 * z;
+    dgate[0] = t2;
+    dgate[1] = dn;
+    dparam[0] = t2;
+    dparam[1] = dn;
+    dstate[0] = dh2 * t1;
+  }
+};

@@ -1,0 +1,54 @@
+// clang-format off
+// Written by sru_rt from the step function of minlstm; change that one.
+//
+//   i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)))
+//   n = un + b_n
+//   h = (1 - i)*h' + i*n
+#pragma once
+
+struct minlstm_cell {
+  static constexpr int n_gates = 3, n_inputs = 0, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uf = gate[0], ui = gate[1], un = gate[2];
+    const real b_f = param[0], b_i = param[1], b_n = param[2];
+    const real h_prev = state[0];
+    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real n = un + b_n;
+    const real h = fma(real(1.0) - i, h_prev, i * n);
+    new_state[0] = h;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real uf = gate[0], ui = gate[1], un = gate[2];
+    const real b_f = param[0], b_i = param[1], b_n = param[2];
+    const real h_prev = state[0];
+    const real dh_next = dnew_state[0], dh = *dnew_h;
+    const real dh2 = dh_next + dh;
+    const real n = un + b_n;
+    const real di = fma(dh2, n, -(dh2 * h_prev));
+    const real t1 = -(uf + b_f);
+    const real t2 = -(ui + b_i);
+    const real i = sigmoid(softplus(t1) - softplus(t2));
+    const real t3 = real(1.0) - i;
+    const real t4 = di * (i * t3);
+    const real t5 = -(t4 * sigmoid(t1));
+    const real t6 = t4 * sigmoid(t2);
+    const real dn = dh2 * i;
+    dgate[0] = t5;
+    dgate[1] = t6;
+    dgate[2] = dn;
+    dparam[0] = t5;
+    dparam[1] = t6;
+    dparam[2] = dn;
+    dstate[0] = dh2 * t3;
+  }
+};

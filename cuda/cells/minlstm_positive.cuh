@@ -1,0 +1,59 @@
+// clang-format off
+// Written by sru_rt from the step function of minlstm_positive; change that one.
+//
+//   i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)))
+//   t1 = un + b_n
+//   n = where(t1 >= 0, t1 + 0.5, sigmoid(t1))
+//   h = (1 - i)*h' + i*n
+#pragma once
+
+struct minlstm_positive_cell {
+  static constexpr int n_gates = 3, n_inputs = 0, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uf = gate[0], ui = gate[1], un = gate[2];
+    const real b_f = param[0], b_i = param[1], b_n = param[2];
+    const real h_prev = state[0];
+    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real t1 = un + b_n;
+    const real n = where(t1 >= real(0.0), t1 + real(0.5), sigmoid(t1));
+    const real h = fma(real(1.0) - i, h_prev, i * n);
+    new_state[0] = h;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real uf = gate[0], ui = gate[1], un = gate[2];
+    const real b_f = param[0], b_i = param[1], b_n = param[2];
+    const real h_prev = state[0];
+    const real dh_next = dnew_state[0], dh = *dnew_h;
+    const real dh2 = dh_next + dh;
+    const real t1 = un + b_n;
+    const real t2 = sigmoid(t1);
+    const real n = where(t1 >= real(0.0), t1 + real(0.5), t2);
+    const real di = fma(dh2, n, -(dh2 * h_prev));
+    const real t3 = -(uf + b_f);
+    const real t4 = -(ui + b_i);
+    const real i = sigmoid(softplus(t3) - softplus(t4));
+    const real t5 = real(1.0) - i;
+    const real t6 = di * (i * t5);
+    const real t7 = -(t6 * sigmoid(t3));
+    const real t8 = t6 * sigmoid(t4);
+    const real dn = dh2 * i;
+    const real t9 = fma(where(t1 >= real(0.0), real(0.0), dn), t2 * (real(1.0) - t2), where(t1 >= real(0.0), dn, real(0.0)));
+    dgate[0] = t7;
+    dgate[1] = t8;
+    dgate[2] = t9;
+    dparam[0] = t7;
+    dparam[1] = t8;
+    dparam[2] = t9;
+    dstate[0] = dh2 * t5;
+  }
+};

@@ -1,0 +1,63 @@
+// clang-format off
+// Written by sru_rt from the step function of qrnn_highway; change that one.
+//
+//   f = sigmoid(uf + b_f)
+//   z = tanh(uz + b_z)
+//   c = f*c' + (1 - f)*z
+//   out = sigmoid(uo + b_o)
+//   h = x + (c - x)*out
+#pragma once
+
+struct qrnn_highway_cell {
+  static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], uf = gate[1], uo = gate[2];
+    const real x = input[0];
+    const real b_z = param[0], b_f = param[1], b_o = param[2];
+    const real c_prev = state[0];
+    const real f = sigmoid(uf + b_f);
+    const real z = tanh(uz + b_z);
+    const real c = fma(f, c_prev, (real(1.0) - f) * z);
+    const real out = sigmoid(uo + b_o);
+    const real h = fma(c - x, out, x);
+    new_state[0] = c;
+    *new_h = h;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real uz = gate[0], uf = gate[1], uo = gate[2];
+    const real x = input[0];
+    const real b_z = param[0], b_f = param[1], b_o = param[2];
+    const real c_prev = state[0];
+    const real dc_next = dnew_state[0], dh = *dnew_h;
+    const real out = sigmoid(uo + b_o);
+    const real t1 = dh * out;
+    const real dc = dc_next + t1;
+    const real f = sigmoid(uf + b_f);
+    const real t2 = real(1.0) - f;
+    const real dz = dc * t2;
+    const real z = tanh(uz + b_z);
+    const real t3 = dz * fma(-z, z, real(1.0));
+    const real df = fma(dc, c_prev, -(dc * z));
+    const real t4 = df * (f * t2);
+    const real c = fma(f, c_prev, t2 * z);
+    const real dout = dh * (c - x);
+    const real t5 = dout * (out * (real(1.0) - out));
+    dgate[0] = t3;
+    dgate[1] = t4;
+    dgate[2] = t5;
+    dinput[0] = dh - t1;
+    dparam[0] = t3;
+    dparam[1] = t4;
+    dparam[2] = t5;
+    dstate[0] = dc * f;
+  }
+};

@@ -1,0 +1,63 @@
+// clang-format off
+// Written by sru_rt from the step function of qrnn_zoneout; change that one.
+//
+//   f = 1 - zoneout*(1 - sigmoid(uf + b_f))
+//   z = tanh(uz + b_z)
+//   c = f*c' + (1 - f)*z
+//   out = sigmoid(uo + b_o)
+//   h = out*c
+#pragma once
+
+struct qrnn_zoneout_cell {
+  static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], uf = gate[1], uo = gate[2];
+    const real zoneout = input[0];
+    const real b_z = param[0], b_f = param[1], b_o = param[2];
+    const real c_prev = state[0];
+    const real f = fma(-zoneout, real(1.0) - sigmoid(uf + b_f), real(1.0));
+    const real z = tanh(uz + b_z);
+    const real c = fma(f, c_prev, (real(1.0) - f) * z);
+    const real out = sigmoid(uo + b_o);
+    new_state[0] = c;
+    *new_h = out * c;
+  }
+
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real uz = gate[0], uf = gate[1], uo = gate[2];
+    const real zoneout = input[0];
+    const real b_z = param[0], b_f = param[1], b_o = param[2];
+    const real c_prev = state[0];
+    const real dc_next = dnew_state[0], dh = *dnew_h;
+    const real out = sigmoid(uo + b_o);
+    const real dc = fma(dh, out, dc_next);
+    const real t1 = sigmoid(uf + b_f);
+    const real t2 = real(1.0) - t1;
+    const real f = fma(-zoneout, t2, real(1.0));
+    const real t3 = real(1.0) - f;
+    const real dz = dc * t3;
+    const real z = tanh(uz + b_z);
+    const real t4 = dz * fma(-z, z, real(1.0));
+    const real t5 = fma(dc, z, -(dc * c_prev));
+    const real t6 = -(t5 * zoneout * (t1 * t2));
+    const real c = fma(f, c_prev, t3 * z);
+    const real dout = dh * c;
+    const real t7 = dout * (out * (real(1.0) - out));
+    dgate[0] = t4;
+    dgate[1] = t6;
+    dgate[2] = t7;
+    dinput[0] = t5 * t2;
+    dparam[0] = t4;
+    dparam[1] = t6;
+    dparam[2] = t7;
+    dstate[0] = dc * f;
+  }
+};
