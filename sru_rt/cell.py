@@ -183,7 +183,13 @@ def _trace(cell: Cell) -> Formula:
     leaves = {name: table.input(name) for name in cell.names}
     result, variables = _call_watched(cell, leaves)
     if not isinstance(result, tuple) or len(result) != len(cell.state) + 1:
-        got = f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
+        got = (
+            f"{len(result)} values"
+            if isinstance(result, tuple)
+            else "one value"
+            if isinstance(result, Node)
+            else f"one {type(result).__name__}"
+        )
         needed = ", ".join(cell.state)
         raise StepError(f"{cell.where}: the step function returns {got}; it must return ({needed}, h)")
     outputs = [graph.as_node(table, value, cell.where) for value in result]

@@ -34,7 +34,7 @@ def projected(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple[str, 
 
 
 def projected_token(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple[str, Input, NDArray]:
-    """The same for one token: x (B, d_in), or the last tokens (window, B, d_in). Returns the new one (1, B, d_in), too."""
+    """The same for one token: x (B, d_in), or the last ones (window, B, d_in). Returns it as (1, B, d_in), too."""
     window = _window(check, window)
     check.set("L", 1, "one token")
     x = check.plain("x", x)

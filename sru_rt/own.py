@@ -233,7 +233,7 @@ class OwnCell:
             h (B, D*d) and the new state (D, B, d), a tuple if there are several.
         """
         given = {"x": x, "weight": weight, "params": params, "c": c, "out": out}
-        return self._call("step", self._step, given, values)  # type: ignore[no-any-return]
+        return self._call("step", self._step, given, values)
 
     def init(
         self,
@@ -344,7 +344,7 @@ class OwnCell:
             raise check.error("params", "is given, but the cell declares none; leave it out")
         numbers = {name: values.pop(name, self._defaults.get(name)) for name in core.constants}
         constants = [check.number(name, number) for name, number in numbers.items()]
-        return layer.forward(check, core, dtype, values | given, constants, options, projected)
+        return layer.forward(check, core, dtype, given | values, constants, options, projected)
 
     def _check_values(self, check: Check, given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Raises unless all that the cell declares by name is given, and nothing else."""

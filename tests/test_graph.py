@@ -819,16 +819,16 @@ def other_name(a, b, p, s):
 
 
 RESULTS: list[tuple[Callable[..., Any], str]] = [
-    (one_value, r"returns one Node; it must return \(c, h\)"),
+    (one_value, r"returns one value; it must return \(c, h\)"),
     (three_values, r"returns 3 values; it must return \(c, h\)"),
     (a_list, r"returns one list; it must return \(c, h\)"),
     (nothing, r"returns one NoneType; it must return \(c, h\)"),
     (a_comparison, r"comparison.*sru_rt\.where"),
     (no_number, r"numbers, not on None"),
     (an_array, r"numbers, not on array"),
-    (missing_argument, r"declared values a, b, p, c: .*'p'"),
-    (undeclared_name, r"declared values a, b, p, c: .*'q'"),
-    (other_name, r"declared values a, b, p, c: .*'[cs]'"),
+    (missing_argument, r"p is declared, but .* does not take it by name; it takes a, b, c$"),
+    (undeclared_name, r"takes q, which is not declared; declared are a, b, p, c: "),
+    (other_name, r"takes s, which is not declared"),
 ]
 
 
