@@ -49,7 +49,7 @@ class Projection:
         library, (L, B, d_in) = self.library, self.x.shape
         rows, last = [], []
         for _, columns, first in self._parts():
-            part = du.reshape(L * B, -1)[:, columns]
+            part = _rows(du)[:, columns]
             rows.append(library.times(part, first) if len(self.factors) > 1 else part)
             last.append(self.factors[1] if len(self.factors) > 1 else first)
         if self.window == 1:
@@ -80,10 +80,10 @@ class Projection:
         return self._gradient_of_weight(du, clean=True)
 
     def _gradient_of_weight(self, du: NDArray, clean: bool) -> tuple[NDArray, ...]:
-        library, (L, B, D, k, d) = self.library, du.shape
+        library, (D, k, d, _) = self.library, self.factors[0].shape
         outer, inner = [], None
         for q, columns, first in self._parts():
-            part, rows = du.reshape(L * B, -1)[:, columns], self._seen(q, clean)
+            part, rows = _rows(du)[:, columns], self._seen(q, clean)
             if len(self.factors) > 1:
                 found = library.transposed_times(library.times(part, first), rows)
                 inner = found if inner is None else inner + found
@@ -147,6 +147,12 @@ class Projection:
         if self.lengths is not None:
             absent |= xp.arange(L)[:, None] >= self.lengths
         return _zeros_where(absent, _bits(x), xp).view(x.dtype)
+
+
+def _rows(du: NDArray) -> NDArray:
+    """(L, B, D, k, d) as (L*B, D*k*d)."""
+    L, B, D, k, d = du.shape
+    return du.reshape(L * B, D * k * d)
 
 
 def _bits(x: NDArray) -> NDArray:

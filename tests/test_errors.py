@@ -294,7 +294,7 @@ MORE = [
      ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),
     ("sru_forward", forward(x=zeros(L, B, d), weight=zeros(D, 3, d, d)),
      ShapeError, "x has ", "5", "10", "one more gate", "highway=False"),
-    ("sru_recurrence", dict(u=U), ArgumentError, "x is None", "pass x", "fourth gate", "highway=False"),
+    ("sru_recurrence", dict(u=U), ArgumentError, "x is None", "pass x", "one more gate", "highway=False"),
     ("sru_recurrence", dict(u=U, x=X, highway=False), ArgumentError, "x is given", "leave x out"),
     ("sru_recurrence", dict(u=zeros(L, B, D, 4, d), x=X), ArgumentError, "x is given", "leave x out"),
     ("sru_recurrence", dict(u=U, x=zeros(L, B, 7)), ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),

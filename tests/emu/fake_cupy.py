@@ -371,6 +371,10 @@ def where(condition: ndarray, x: Any, y: Any) -> ndarray:
     return ndarray._of(_own(np.where(*map(_hosts, (condition, x, y)))))
 
 
+def concatenate(tup: Any, axis: int = 0) -> ndarray:
+    return ndarray._of(_own(np.concatenate([a._host for a in tup], axis)))
+
+
 def may_share_memory(a: ndarray, b: ndarray, max_work: Any = None) -> bool:
     return a._device == b._device and np.may_share_memory(a._memory, b._memory)
 
@@ -673,6 +677,7 @@ cupy = _module(
     asarray,
     ascontiguousarray,
     asnumpy,
+    concatenate,
     empty,
     from_dlpack,
     may_share_memory,
