@@ -114,7 +114,7 @@ def _weight(check: Check, value: Any, dtype: str, window: int) -> tuple[NDArray,
     columns = "d_in"
     if window > 1:
         columns = "window*d_in"
-        check.set(columns, window * check["d_in"], "x and window")
+        check.set(columns, window * check["d_in"], f"window = {window} and d_in = {check['d_in']} of x")
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise check.error("weight", f"is a tuple of {len(value)}; a low-rank weight is a pair (P, Q)", ShapeError)

@@ -322,7 +322,7 @@ class OwnCell:
     def _check_gates(self, check: Check, name: str) -> None:
         gates = self._cell.gates
         if check["k"] != len(gates):
-            needed = f"the cell has {len(gates)}: {', '.join(gates)}"
+            needed = f"it needs {len(gates)}: {', '.join(gates)}"
             raise check.error(name, f"has k = {check['k']} gates; {needed}", ShapeError)
 
     def _run(

@@ -623,7 +623,7 @@ WRONG = [
     ("forward", {"params": None}, ArgumentError, r"params is None; the cell has 2 \(b, slope\): pass \(D, 2, d\)"),
     ("forward", {"params": np.zeros((2, 3, d), "f4")}, ShapeError, r"params has shape \(2, 3, 5\); it needs"),
     ("forward", {"x": X[:, :, 1:]}, ShapeError, "everything.forward: weight has shape"),
-    ("forward", {"weight": np.zeros((2, 3, d, 2 * d), "f4")}, ShapeError, "k = 3 gates; the cell has 2: f, n"),
+    ("forward", {"weight": np.zeros((2, 3, d, 2 * d), "f4")}, ShapeError, "k = 3 gates; it needs 2: f, n"),
     ("step", {"gain": GAIN["gain"]}, ShapeError, r"everything.step: gain has 3 axes.* it needs \(B, D\*d\)"),
     ("step", {"c": np.zeros((1, B, d), "f4")}, ShapeError, r"everything.step: c has shape .* it needs \(D, B, d\)"),
 ]

@@ -22,6 +22,9 @@ from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, S
 L, B, D, d = 6, 3, 2, 5
 LENGTHS = [5, 0, 4]
 FORWARDS = ("sru_forward", "sru_recurrence", "sru_step")
+OTHER_CELLS = ("qrnn", "mingru", "minlstm")
+OTHER_FORWARDS = tuple(f"{cell}_{method}" for cell in OTHER_CELLS for method in ("forward", "recurrence", "step"))
+WINDOW = 2  # of qrnn
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +40,10 @@ def arguments(function: str, projected: bool = False, dtype: Any = np.float32, D
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(dtype)
 
-    if function == "sru_init":
+    if function.endswith("_init"):
         return {"d_in": d, "d": d}
+    if not function.startswith("sru"):
+        return other_arguments(function, draw)
     if function == "sru_backward":
         h, c_last, saved = sru_rt.sru_forward(**arguments("sru_forward", projected, dtype, D), save=True)
         return {"saved": saved, "dh": draw(*h.shape), "dc_last": draw(*c_last.shape).astype(c_last.dtype)}
@@ -51,6 +56,29 @@ def arguments(function: str, projected: bool = False, dtype: Any = np.float32, D
         return result | {"x": draw(B, d_in), "c": draw(D, B, d)}
     mask, reset = rng.random((2, L, B)) < 0.2
     return result | {"c0": draw(D, B, d), "lengths": np.array(LENGTHS), "mask": mask, "reset": reset}
+
+
+def other_arguments(function: str, draw: Any) -> dict[str, Any]:
+    """Of a QRNN with a window and x as its skip, a minGRU, or a minLSTM."""
+    cell, _, method = function.partition("_")
+    rng, state, k = np.random.default_rng(0), "c" if cell == "qrnn" else "h", 2 if cell == "mingru" else 3
+    if method == "backward":
+        h, last, saved = getattr(sru_rt, f"{cell}_forward")(**arguments(f"{cell}_forward"), save=True)
+        return {"saved": saved, "dh": draw(*h.shape), f"d{state}_last": draw(*last.shape)}
+    d_in = D * d if cell == "qrnn" else 7
+    seen = WINDOW * d_in if cell == "qrnn" else d_in
+    result: dict[str, Any] = {"x": draw(L, B, d_in), "weight": draw(D, k, d, seen)}
+    if method == "recurrence":
+        result = {"u": draw(L, B, D, k, d)} | ({"x": draw(L, B, d_in)} if cell == "qrnn" else {})
+    result["bias"] = draw(D, k, d)
+    if cell == "qrnn":
+        result |= {"zoneout_mask": (rng.random((L, B, D, d)) < 0.5).astype(np.float32), "highway": True}
+        result |= {"window": WINDOW} if method != "recurrence" else {}
+    if method == "step":
+        result |= {"zoneout_mask": result["zoneout_mask"][0], "x": draw(WINDOW, B, d_in)} if cell == "qrnn" else {}
+        return result | {state: draw(D, B, d)} | ({} if cell == "qrnn" else {"x": draw(B, d_in)})
+    mask, reset = rng.random((2, L, B)) < 0.2
+    return result | {f"{state}0": draw(D, B, d), "lengths": np.array(LENGTHS), "mask": mask, "reset": reset}
 
 
 def arrays_of(function: str) -> dict[str, np.ndarray]:
@@ -94,7 +122,10 @@ def test_errors_are_also_those_of_python():
     assert issubclass(LibraryError, TypeError)
 
 
-@pytest.mark.parametrize("function", [*FORWARDS, "sru_backward", "sru_init"])
+@pytest.mark.parametrize(
+    "function",
+    [*FORWARDS, *OTHER_FORWARDS, *(f"{cell}_{m}" for cell in ("sru", *OTHER_CELLS) for m in ("backward", "init"))],
+)
 def test_valid_calls_are_valid(function):
     """What the tests below spoil in one place is right in all others."""
     getattr(sru_rt, function)(**arguments(function))
@@ -103,7 +134,8 @@ def test_valid_calls_are_valid(function):
 # ----------------------------------------------------------------------------------------------------------------------
 # Every array of every function, spoilt in every axis, its rank, its dtype and its type
 
-ARRAYS = [(f, name) for f in (*FORWARDS, "sru_backward") for name in arrays_of(f)]
+FUNCTIONS = (*FORWARDS, "sru_backward", *OTHER_FORWARDS, *(f"{cell}_backward" for cell in OTHER_CELLS))
+ARRAYS = [(f, name) for f in FUNCTIONS for name in arrays_of(f)]
 
 
 @pytest.mark.parametrize(
@@ -136,18 +168,20 @@ BAD_DTYPES = [
 ]
 
 
-def takes(name: str, dtype: str) -> bool:
-    """Whether an argument may have that dtype where x is float32."""
+def takes(function: str, name: str, dtype: str) -> bool:
+    """Whether an argument may have that dtype where x, or else u, and all others are float32."""
     kind = np.dtype(dtype).kind
+    if name == "u" and "x" not in arguments(function):  # the others may be float32 beside it
+        return kind == "f"
     if name == "lengths":
         return kind in "iu"
     if name in ("mask", "reset"):
         return kind in "biuf"
-    return name == "dropout_mask" and kind == "b"
+    return name in ("dropout_mask", "zoneout_mask") and kind == "b"
 
 
 @pytest.mark.parametrize(
-    ("function", "name", "dtype"), [(f, n, dtype) for f, n in ARRAYS for dtype in BAD_DTYPES if not takes(n, dtype)]
+    ("function", "name", "dtype"), [(f, n, dtype) for f, n in ARRAYS for dtype in BAD_DTYPES if not takes(f, n, dtype)]
 )
 def test_wrong_dtype(function, name, dtype):
     call = arguments(function)
@@ -174,9 +208,12 @@ def refused_type(function: str, call: dict[str, Any], name: str, value: Any) -> 
     return refused(function, call, LibraryError, f"{name} must be an array", type(value).__name__)
 
 
-@pytest.mark.parametrize(("function", "name"), [(f, "x") for f in FORWARDS] + [("sru_forward", "weight")])
+NEEDED = [(f, "u" if f[:3] == "min" and "recurrence" in f else "x") for f in (*FORWARDS, *OTHER_FORWARDS)]
+
+
+@pytest.mark.parametrize(("function", "name"), [*NEEDED, ("sru_forward", "weight"), ("minlstm_forward", "weight")])
 def test_none_where_an_array_is_needed(function, name):
-    error = ArgumentError if function == "sru_recurrence" else LibraryError
+    error = ArgumentError if function in ("sru_recurrence", "qrnn_recurrence") else LibraryError
     message = refused(function, arguments(function) | {name: None}, error)
     assert has_word(message, name)
     assert "None" in message
@@ -240,6 +277,14 @@ SEQUENCE_OPTIONS = [
 ]
 
 
+OTHER_OPTIONS = [
+    ("pooling", ["F", "", None, 3, ["fo"], np.array(["fo"])], ArgumentError, ("'f', 'fo', 'ifo'",)),
+    ("highway", [None, 2, "yes", np.ones(2)], ArgumentError, ("True, False",)),
+    ("window", [0, -1, 2.0, "2", None, True, [2], np.ones(1)], ArgumentError, ("positive integer",)),
+    ("candidate", ["Positive", "", None, 3, ["identity"]], ArgumentError, ("'identity', 'positive'",)),
+]
+
+
 def short(value: Any) -> str | None:
     """Names a case; None leaves that to pytest."""
     return repr(value)[:40] if isinstance(value, (int, float, list, np.ndarray)) else None
@@ -248,6 +293,20 @@ def short(value: Any) -> str | None:
 SHARED = [
     *[(f, n, v, *rest) for f in FORWARDS for n, values, *rest in OPTIONS for v in values],
     *[(f, n, v, *rest) for f in FORWARDS[:2] for n, values, *rest in SEQUENCE_OPTIONS for v in values],
+    *[
+        (f, n, v, *rest)
+        for f in OTHER_FORWARDS
+        for n, values, *rest in OTHER_OPTIONS
+        for v in values
+        if (f[:4] == "qrnn") == (n != "candidate") and not (n == "window" and "recurrence" in f)
+    ],
+    *[
+        (f, n, v, *rest)
+        for f in OTHER_FORWARDS
+        for n, values, *rest in SEQUENCE_OPTIONS
+        for v in values[:1]
+        if "step" not in f and n != "v"
+    ],
 ]
 
 
@@ -289,6 +348,32 @@ def forward(**changes: Any) -> dict[str, Any]:
 
 
 MORE = [
+    # QRNN, minGRU, minLSTM
+    ("qrnn_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 4, d, 7)),
+     ShapeError, "weight has k = 4 gates", "pooling='fo', highway=False", "needs 3", "qrnn_init"),
+    ("qrnn_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 6, d, 7), pooling="ifo", highway=True),
+     ShapeError, "weight has k = 6 gates", "needs 4 or 5"),
+    ("qrnn_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 2, d, 7), pooling="f", highway=True),
+     ArgumentError, "highway is True", "no output gate", "'fo' or 'ifo'"),
+    ("qrnn_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 3, d, 7), highway=True),
+     ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),
+    ("qrnn_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 3, d, 7), window=2),
+     ShapeError, "weight has shape", "window*d_in = 14", "window = 2 and d_in = 7 of x"),
+    ("qrnn_recurrence", dict(u=U, highway=True), ArgumentError, "x is None", "pass x", "one more gate"),
+    ("qrnn_recurrence", dict(u=U, x=zeros(L, B, D * d)), ArgumentError, "x is given", "leave x out"),
+    ("qrnn_step", dict(x=zeros(B, 7), weight=zeros(D, 3, d, 14), window=2),
+     ShapeError, "x has 2 axes", "(window, B, d_in)"),
+    ("mingru_forward", dict(x=zeros(L, B, 7), weight=zeros(D, 3, d, 7)),
+     ShapeError, "weight has k = 3 gates", "it needs 2: z, n", "mingru_init"),
+    ("minlstm_recurrence", dict(u=zeros(L, B, D, 2, d)), ShapeError, "u has k = 2 gates", "it needs 3: f, i, n"),
+    ("qrnn_init", dict(d_in=7, d=d, pooling="f", highway=True), ArgumentError, "highway is True", "no output gate"),
+    ("qrnn_init", dict(d_in=7, d=d, highway=True, project_skip=False),
+     ArgumentError, "project_skip is False", "7", "5", "highway=False"),
+    ("qrnn_init", dict(d_in=7, d=d, window=0), ArgumentError, "window must be a positive integer"),
+    ("qrnn_init", dict(d_in=7, d=d, forget_bias=INF), ArgumentError, "forget_bias must be finite"),
+    ("mingru_init", dict(d_in=7, d=d, candidate="tanh"), ArgumentError, "candidate must be one of"),
+    ("minlstm_init", dict(d_in=7, d=0), ArgumentError, "d must be a positive integer"),
+    # SRU
     # the skip
     ("sru_forward", forward(x=zeros(L, B, 7), weight=zeros(D, 3, d, 7)),
      ShapeError, "x has ", "7", "10", "one more gate", "highway=False"),

@@ -248,6 +248,6 @@ def _run(
     """What the functions share; `name` is what has the gates."""
     check.choice("candidate", candidate, tuple(CANDIDATES))
     if check["k"] != 2:
-        raise check.error(name, f"has k = {check['k']} gates; a minGRU has 2: z, n (see mingru_init)", ShapeError)
+        raise check.error(name, f"has k = {check['k']} gates; it needs 2: z, n (see mingru_init)", ShapeError)
     cell = mingru_cell(Options(candidate, values["bias"] is not None))
     return layer.forward(check, cell, dtype, values, (), shared, projected)

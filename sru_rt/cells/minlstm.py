@@ -244,6 +244,6 @@ def _run(
     """What the functions share; `name` is what has the gates."""
     check.choice("candidate", candidate, tuple(CANDIDATES))
     if check["k"] != 3:
-        raise check.error(name, f"has k = {check['k']} gates; a minLSTM has 3: f, i, n (see minlstm_init)", ShapeError)
+        raise check.error(name, f"has k = {check['k']} gates; it needs 3: f, i, n (see minlstm_init)", ShapeError)
     cell = minlstm_cell(Options(candidate, values["bias"] is not None))
     return layer.forward(check, cell, dtype, values, (), shared, projected)
