@@ -120,13 +120,12 @@ def forward(
     pointer, empty = library.pointer, library.empty
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
     last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
-    kept = -(-L // every) if every else 0
-    saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)]
+    saved = [empty((-(-L // every), B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)] if every else []
     arguments = abi.Forward(
         given=_given(operands, every),
         h=pointer(h),
         c_last=[pointer(a) for a in last],
-        saved=[pointer(a) if every else 0 for a in saved],
+        saved=[pointer(a) for a in saved] or [0] * n_states,
     )
     launch.run(operands.variant(saved_dtype), arguments, library.device, library.stream())
     return h, last, saved
