@@ -190,7 +190,8 @@ def name_of(row: Row) -> str:
     return "-".join(str(v) if not isinstance(v, bool) else f"{n}{int(v)}" for n, v in row.items())
 
 
-ROWS = [row for cell in CELLS.values() for row in covering(cell, 3)]
+# Of the many options of SRU every three together, of the few of the others every two.
+ROWS = [row for cell in CELLS.values() for row in covering(cell, 3 if cell.name == "sru" else 2)]
 LAYER_ROWS = [row for cell in CELLS.values() for row in covering(cell, 2, layer=True)]
 
 

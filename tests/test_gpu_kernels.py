@@ -179,7 +179,7 @@ BITS = {
 def test_every_plan_gives_the_same_bits(place, name, monkeypatch):
     """However many channels a thread has, steps it reads ahead, and states it recomputes."""
     problem, results = Problem.make(*BITS[name]), {}
-    for way in WAYS:
+    for way in WAYS if problem.cell.name == "sru" else WAYS[::2]:
         way.go(monkeypatch)
         results[way] = run(place, problem, save=way.save)
     judge(problem, results[WAYS[0]])
@@ -296,13 +296,16 @@ def test_what_stands_in_padding_does_not_matter(place, cell, dtype, save):
     same(results)
 
 
+# What a cell has little to do with is tested with these, of which one calls its state c, and the other h.
+SOME = ("sru", "minlstm")
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes without an element
 
 
 @pytest.mark.parametrize("save", [True, 3])
 @pytest.mark.parametrize("L, B", [(0, 3), (4, 0), (0, 0)])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SOME)
 def test_empty(place, cell, L, B, save):
     problem = random_problem("float32", L, B, 2, 5, cell=cell)
     result, c0 = run(place, problem, save=save), problem.cell.initial
@@ -319,7 +322,7 @@ def test_empty(place, cell, L, B, save):
 # What is given and wanted
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SOME)
 def test_initial_states_and_last_gradients_are_zeros_by_default(place, cell):
     problem = random_problem("float32", 5, 3, 2, 9, cell=cell)
     c0 = problem.cell.initial
@@ -350,14 +353,12 @@ def test_v_per_step_in_either_dtype(place, dtype, wide, monkeypatch):
 
 NEEDS = {
     "sru": [("u",), ("x",), ("bias", "v"), ("c0",), ("u", "v"), ("x", "bias"), ()],
-    "qrnn": [("u",), ("x", "bias"), ("c0",), ()],
-    "mingru": [("u",), ("bias",), ("h0",), ()],
     "minlstm": [("u",), ("bias",), ("h0",), ()],
 }
 
 
 @pytest.mark.parametrize("save", [True, 3])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SOME)
 def test_need(place, cell, save):
     problem = Problem.make(FULL[cell] | {"dtype": "float32"}, (5, 9, 7), 2, "all", state=True)
     everything = run(place, problem, save=save).bits()
@@ -368,7 +369,7 @@ def test_need(place, cell, save):
 
 
 @pytest.mark.parametrize("which", ["both", "h", "last"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SOME)
 def test_out(place, cell, which):
     """Results are written where they are asked for; the state even in place."""
     problem = Problem.make(FULL[cell] | {"dtype": "float16"}, (5, 3, 8), 2, "all")
