@@ -19,7 +19,7 @@ from .cells.sru import sru_backward, sru_forward
 
 _SECONDS = 300
 
-# What the magnitudes of each result add up to, computed from the papers' equations by tests/oracle.py.
+# What the magnitudes of each result add up to, computed from the papers' equations by tests/oracle.
 EXPECTED = {
     "h": 77.27514,
     "c_last": 18.95735,

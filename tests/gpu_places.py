@@ -7,7 +7,6 @@ the results back.
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sru_rt
 from emu import emulator, fake_cupy
+from problems import CELLS, FULL, Cell, Problem, Row, compare
 from sru_rt import launch_gpu, on_cupy, plan
-from test_cells import DTYPES, Problem, compare
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Result:
     """What a forward and a backward gave, on the host."""
 
     h: np.ndarray
-    c_last: np.ndarray
+    last: np.ndarray  # the state
     gradients: Mapping[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -142,7 +140,7 @@ class Result:
 
     def bits(self) -> dict[str, Any]:
         """Everything, by name, such that equal results are equal bits."""
-        arrays = {"h": self.h, "c_last": self.c_last} | {f"d{n}": a for n, a in self.gradients.items()}
+        arrays = {"h": self.h, "last": self.last} | {f"d{n}": a for n, a in self.gradients.items()}
         return {n: None if a is None else (a.dtype.name, a.shape, a.tobytes()) for n, a in arrays.items()}
 
 
@@ -156,31 +154,27 @@ def run(
     **more: Any,
 ) -> Result:
     """Forward and backward of a problem at a place. What it was given must be as before afterwards."""
-    given, seeds = place.put({**problem.arrays, **problem.options}), place.put(seeds_of(problem))
-    result = place.get(on_device(given, seeds, save=save, need=need, layer=layer, **more))
-    unchanged(place, given, {**problem.arrays, **problem.options})
-    unchanged(place, seeds, seeds_of(problem))
+    given, seeds = place.put(problem.given), place.put(problem.seeds)
+    result = place.get(on_device(given, seeds, cell=problem.cell, save=save, need=need, layer=layer, **more))
+    unchanged(place, given, problem.given)
+    unchanged(place, seeds, problem.seeds)
     return Result(*result)
-
-
-def seeds_of(problem: Problem) -> dict[str, Any]:
-    return {"dh": problem.dh, "dc_last": problem.dc_last}
 
 
 def on_device(
     given: Mapping[str, Any],
     seeds: Mapping[str, Any],
     *,
+    cell: Cell = CELLS["sru"],
     save: Any = True,
     need: Any = None,
     layer: bool = False,
     **more: Any,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """h, c_last, and the gradients by name, of arrays that are there already."""
-    function = sru_rt.sru_forward if layer else sru_rt.sru_recurrence
-    h, c_last, saved = function(**given, save=save, **more)
-    gradients = sru_rt.sru_backward(saved, **seeds, need=need)
-    return h, c_last, {name: getattr(gradients, name) for name in gradients}
+    """h, the last state, and the gradients by name, of arrays that are there already."""
+    h, last, saved = cell.library("forward" if layer else "recurrence")(**given, save=save, **more)
+    gradients = cell.library("backward")(saved, **seeds, need=need)
+    return h, last, {name: getattr(gradients, name) for name in gradients}
 
 
 def unchanged(place: Place, arrays: Mapping[str, Any], originals: Mapping[str, Any]) -> None:
@@ -191,7 +185,7 @@ def unchanged(place: Place, arrays: Mapping[str, Any], originals: Mapping[str, A
 
 def judge(problem: Problem, result: Result, layer: bool = False) -> None:
     """Holds results and gradients against the oracle."""
-    compare(problem, (result.h, result.c_last), result, layer)
+    compare(problem, (result.h, result.last), result, layer)
 
 
 def same(results: Mapping[Any, Result]) -> None:
@@ -204,45 +198,59 @@ def same(results: Mapping[Any, Result]) -> None:
 
 # A small matrix for tools that slow kernels down: between them all kinds of array, dtypes, ways to keep states, and
 # widths; blocks that are full and blocks that are not; more sequences than sum_partials has rows of threads.
-_BASE = {
-    "kind": "x",
-    "activation": "identity",
-    "reset_on": "previous",
-    "bias": True,
-    "v": "params",
-    "dropout": False,
-}
-SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, str, Way]] = {
+SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
     # options, (L, B, d), D, layout, way
-    "plain": (_BASE | {"dtype": "float32"}, (5, 11, 7), 2, "plain", Way("threads=32,depth=4")),
-    "pairs": (_BASE | {"dtype": "bfloat16"}, (9, 3, 34), 1, "all", Way("threads=32,width=2,depth=4")),
+    "plain": (FULL["sru"] | {"dtype": "float32"}, (5, 11, 7), 2, "plain", Way("threads=32,depth=4")),
+    "pairs": (FULL["sru"] | {"dtype": "bfloat16"}, (9, 3, 34), 1, "all", Way("threads=32,width=2,depth=4")),
     "recomputed": (
-        _BASE | {"dtype": "float16", "kind": "projected"},
+        FULL["sru"] | {"dtype": "float16", "kind": "projected"},
         (7, 2, 33),
         2,
         "all",
         Way("threads=32,depth=4", save=3),
     ),
     "recomputed_pairs": (
-        _BASE | {"dtype": "float16", "kind": "no_skip", "activation": "tanh"},
+        FULL["sru"] | {"dtype": "float16", "kind": "no_skip", "activation": "tanh"},
         (7, 9, 6),
         1,
         "lengths",
         Way("threads=32,width=2,depth=4", own_batch=False, shared=False, save=4),
     ),
     "per_step": (
-        _BASE | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},
+        FULL["sru"] | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},
         (6, 2, 5),
         2,
         "reset",
         Way("threads=32,depth=4"),
     ),
     "basic": (
-        _BASE | {"dtype": "float32", "kind": "basic", "v": "none", "bias": False, "activation": "relu"},
+        FULL["sru"] | {"dtype": "float32", "kind": "basic", "v": "none", "bias": False, "activation": "relu"},
         (1, 5, 3),
         1,
         "mask",
         Way("threads=32"),
+    ),
+    "qrnn": (FULL["qrnn"] | {"dtype": "float32"}, (5, 9, 7), 2, "all", Way("threads=32,depth=4")),
+    "qrnn_recomputed_pairs": (
+        FULL["qrnn"] | {"dtype": "bfloat16", "form": "ifo-projected", "zoneout": "bool"},
+        (7, 2, 34),
+        1,
+        "mask",
+        Way("threads=32,width=2,depth=4", save=3),
+    ),
+    "mingru": (
+        FULL["mingru"] | {"dtype": "float16", "candidate": "positive"},
+        (6, 3, 6),
+        2,
+        "lengths",
+        Way("threads=32,width=2,depth=2", own_batch=False),
+    ),
+    "minlstm": (
+        FULL["minlstm"] | {"dtype": "float32"},
+        (7, 3, 5),
+        2,
+        "reset",
+        Way("threads=32,depth=4", shared=False, save=4),
     ),
 }
 
@@ -252,16 +260,7 @@ def small_problem(name: str) -> Problem:
     return Problem.make(options, size, D, layout)
 
 
-def random_problem(dtype: str, L: int, B: int, D: int, d: int, k: int = 3, seed: int = 0, **more: Any) -> Problem:
-    """A recurrence with every parameter, of any size, and no padding."""
-    rng = np.random.default_rng(zlib.crc32(f"{dtype} {L} {B} {D} {d} {k} {seed}".encode()))
-    kind = np.dtype(DTYPES[dtype])
-    state = np.dtype("f8" if dtype == "float64" else "f4")
-    draw = functools.partial(rng.standard_normal, dtype=np.float64 if dtype == "float64" else np.float32)
-    arrays = {"u": draw((L, B, D, k, d)).astype(kind, copy=False)}
-    if k == 3:
-        arrays["x"] = draw((L, B, D * d)).astype(kind, copy=False)
-    arrays |= {"bias": draw((D, 2, d)).astype(state), "v": draw((D, 2, d)).astype(state)}
-    arrays["c0"] = draw((D, B, d)).astype(state)
-    dh = draw((L, B, D * d)).astype(kind, copy=False)
-    return Problem(arrays, dict(more), dh, draw((D, B, d)).astype(state), dtype, np.zeros((L, B), bool))
+def random_problem(dtype: str, L: int, B: int, D: int, d: int, seed: int = 0, **row: Any) -> Problem:
+    """A recurrence with every parameter, of any size, and no padding; of an SRU, if `row` does not say otherwise."""
+    full = FULL[row.get("cell", "sru")]
+    return Problem.make(full | row | {"dtype": dtype}, (L, B, d), D, "plain", state=True, seed=seed)

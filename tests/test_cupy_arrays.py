@@ -25,10 +25,10 @@ import sru_rt
 import test_arrays
 import tolerance
 from emu import emulator, fake_cupy
+from problems import DTYPES, FULL, LAYER_ROWS, LAYOUTS, POLICIES, ROWS, SIZES, Problem, compare, name_of
 from sru_rt import launch, on_cupy, recurrence
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
 from test_arrays import B, D, L, d
-from test_cells import DTYPES, LAYER_ROWS, LAYOUTS, POLICIES, ROWS, SIZES, Problem, compare, name_of
 
 LENGTHS = [5, 0, 4]
 record = fake_cupy.record
@@ -210,10 +210,9 @@ def test_recurrence_gives_what_numpy_arrays_give(cupy, row, D, layout):
     problem = Problem.make(row, SIZES[n % 3], D, layout)
     results = []
     for put in (lambda a: a, on_device):
-        given = put(problem.arrays | problem.options)
-        h, c_last, saved = sru_rt.sru_recurrence(**given, save=POLICIES[n % len(POLICIES)])
-        gradients = sru_rt.sru_backward(saved, *put((problem.dh, problem.dc_last)))
-        results.append([h, c_last, *(getattr(gradients, name) for name in gradients)])
+        h, last, saved = problem.forward()(**put(problem.given), save=POLICIES[n % len(POLICIES)])
+        gradients = problem.cell.library("backward")(saved, **put(problem.seeds))
+        results.append([h, last, *(getattr(gradients, name) for name in gradients)])
     wanted, got = results
     assert_same_bits(host(tuple(a for a in got if a is not None)), [a for a in wanted if a is not None])
     assert [a is None for a in got] == [a is None for a in wanted]
@@ -229,22 +228,22 @@ def test_layer_matches_oracle(cupy, row, D, save):
     """NaN stands in the padding of x, and in all memory that CuPy hands out."""
     layout = list(LAYOUTS)[LAYER_ROWS.index(row) % len(LAYOUTS)]
     problem = Problem.make(row, (7, 3, 9), D, layout, layer=True)
-    h, c_last, saved = sru_rt.sru_forward(**on_device(problem.arrays), **on_device(problem.options), save=save)
-    gradients = sru_rt.sru_backward(saved, *on_device((problem.dh, problem.dc_last)))
-    compare(problem, host((h, c_last)), host(gradients), layer=True)
+    h, last, saved = problem.forward(layer=True)(**on_device(problem.given), save=save)
+    gradients = problem.cell.library("backward")(saved, **on_device(problem.seeds))
+    compare(problem, host((h, last)), host(gradients), layer=True)
     assert record.reads == []
-    assert len(record.products) == (4 if save == "x" else 3)
+    if row.get("window", 1) == 1:
+        assert len(record.products) == (4 if save == "x" else 3)
 
 
 @pytest.mark.parametrize("layout", ["plain", "all"])
 @pytest.mark.parametrize("save", [True, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_on_the_emulated_kernels(emulated, dtype, save, layout):
-    row = dict(kind="x", activation="identity", reset_on="previous", bias=True, v="params", dropout=False, dtype=dtype)
-    problem = Problem.make(row, (7, 3, 9), 2, layout, layer=True)
-    h, c_last, saved = sru_rt.sru_forward(**on_device(problem.arrays), **on_device(problem.options), save=save)
-    gradients = sru_rt.sru_backward(saved, *on_device((problem.dh, problem.dc_last)))
-    compare(problem, host((h, c_last)), host(gradients), layer=True)
+    problem = Problem.make(FULL["sru"] | {"dtype": dtype}, (7, 3, 9), 2, layout, layer=True)
+    h, last, saved = problem.forward(layer=True)(**on_device(problem.given), save=save)
+    gradients = problem.cell.library("backward")(saved, **on_device(problem.seeds))
+    compare(problem, host((h, last)), host(gradients), layer=True)
     assert record.reads == []
     assert [name for name, _, _ in record.launches] == ["forward", "backward", "sum_partials"]
 

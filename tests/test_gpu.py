@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import sru_rt
-from gpu_places import Place, Problem, Result, on_device, random_problem, run, same, seeds_of
+from gpu_places import Place, Problem, Result, on_device, random_problem, run, same
 from sru_rt import launch_gpu, on_cupy
 from sru_rt.errors import SruRtError
 
@@ -38,7 +38,7 @@ def a_problem(seed: int = 0, layer: bool = False) -> Problem:
 
 
 def put(place: Place, problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
-    return place.put({**problem.arrays, **problem.options}), place.put(seeds_of(problem))
+    return place.put(problem.given), place.put(problem.seeds)
 
 
 def overwrite(arrays: Mapping[str, Any], values: Mapping[str, np.ndarray], stream: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_graph_that_was_captured_takes_new_inputs(place, save, layer):
         graph = stream.end_capture()
     for problem, expected in list(zip(problems, wanted))[1:]:
         overwrite(given, problem.arrays, stream)
-        overwrite(seeds, seeds_of(problem), stream)
+        overwrite(seeds, problem.seeds, stream)
         graph.launch(stream)
         stream.synchronize()
         same({"the call": expected, "the graph": Result(*place.get(results))})
@@ -100,8 +100,9 @@ def test_work_waits_for_its_stream_and_the_host_for_nothing(place, save):
         on_device(given, seeds, save=save)  # takes the memory from the system that the next call takes from the pool
         stream.synchronize()
         spin((1,), (1,), (np.int64(1_000_000_000),))
-        for to, source in ((given, later), (seeds, later_seeds)):
-            for name, array in source.items():
+        for to, source, names in ((given, later, second.arrays), (seeds, later_seeds, second.seeds)):
+            for name in names:
+                array = source[name]
                 to[name].data.copy_from_device_async(array.data, array.nbytes)
         results = on_device(given, seeds, save=save)
         assert not stream.done, "a call has waited for the device"
@@ -253,7 +254,7 @@ def test_torch(place, dtype):
     given = {name: torch.from_numpy(array).cuda() for name, array in problem.arrays.items()}
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-        h, c_last = sru_rt.sru_recurrence(**given)
+        h, c_last = sru_rt.sru_recurrence(**given, **problem.options)
         assert h.is_cuda and c_last.is_cuda
         got = Result(h.cpu().numpy(), c_last.cpu().numpy(), wanted.gradients)
     same({"CuPy": wanted, "PyTorch": got})
@@ -270,6 +271,6 @@ def test_jax(place, monkeypatch):
     problem = random_problem("float32", 6, 3, 2, 33)
     wanted = run(place, problem)
     given = {name: jax.device_put(array, device) for name, array in problem.arrays.items()}
-    h, c_last = sru_rt.sru_recurrence(**given)
+    h, c_last = sru_rt.sru_recurrence(**given, **problem.options)
     assert isinstance(h, jax.Array) and h.devices() == {device}
     same({"CuPy": wanted, "JAX": Result(np.asarray(h), np.asarray(c_last), wanted.gradients)})

@@ -16,17 +16,17 @@ import pytest
 
 import sru_rt
 import tolerance
-from gpu_places import SMALL, Place, Problem, Result, Way, judge, random_problem, run, same, small_problem, unchanged
+from gpu_places import SMALL, Place, Result, Way, judge, random_problem, run, same, small_problem, unchanged
+from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, Problem, name_of
 from sru_rt import launch_gpu
-from test_cells import DTYPES, FACTORS, LAYER_ROWS, LAYOUTS, name_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The matrix
 
-# Beside the options of the cell: what the sizes are, and how the planner might have a recurrence of these sizes run.
+# Beside the options of a cell: what the sizes are, and how the planner might have a recurrence of these sizes run.
 # More sequences than sum_partials has rows of threads, more channels than a block has. Not one channel alone, which
 # has a test of its own: if an array is one number, the small difference of large ones, its relative error says nothing.
-MATRIX: dict[str, tuple[Any, ...]] = FACTORS | {
+WAYS_AND_SIZES: dict[str, tuple[Any, ...]] = {
     "D": (1, 2),
     "layout": tuple(LAYOUTS),
     "size": ((5, 3, 7), (1, 5, 3), (9, 1, 33), (4, 5, 16), (13, 3, 70), (6, 19, 8)),
@@ -41,35 +41,49 @@ MATRIX: dict[str, tuple[Any, ...]] = FACTORS | {
     "own_batch": (True, False),
     "shared": (True, False),
 }
+# Sizes and plans have little to do with the cell: SRU tries them all, the others some.
+FEWER = WAYS_AND_SIZES | {
+    "size": ((5, 3, 7), (1, 5, 3), (13, 3, 70), (6, 19, 8)),
+    "plan": ("", "width=1,depth=8,threads=64", "width=2,depth=2,threads=32"),
+}
+MATRIX = {
+    name: {"cell": (name,)} | cell.factors | (WAYS_AND_SIZES if name == "sru" else FEWER)
+    for name, cell in CELLS.items()
+}
 
-
-# What decides which steps a kernel passes, and where it finds states: combined in full.
-TOGETHER = ("D", "layout", "save")
+# What decides which steps a kernel passes, and where it finds states: combined in full for one cell.
+TOGETHER = {"sru": [("D", "layout", "save")]}
 
 
 @functools.cache
-def covering(strength: int) -> list[dict[str, Any]]:
+def covering(cell: str, strength: int) -> list[dict[str, Any]]:
     """Rows in which every choice of `strength` factors takes every combination of values, and so do those of TOGETHER.
 
     Greedy, but always the same.
     """
-    groups = [*itertools.combinations(MATRIX, strength), TOGETHER]
+    matrix = MATRIX[cell]
+    groups = groups_of(cell, strength)
     missing = {
         tuple(zip(group, values)): None  # in order, unlike a set
         for group in groups
-        for values in itertools.product(*(MATRIX[name] for name in group))
+        for values in itertools.product(*(matrix[name] for name in group))
     }
     rows = []
     while missing:
         row = dict(next(iter(missing)))
-        for name in MATRIX:
+        for name in matrix:
             if name not in row:
                 with_it = [group for group in groups if name in group and row.keys() | {name} >= set(group)]
-                row[name] = max(MATRIX[name], key=lambda value: _gain(row | {name: value}, with_it, missing))
+                row[name] = max(matrix[name], key=lambda value: _gain(row | {name: value}, with_it, missing))
         for group in groups:
             missing.pop(tuple((name, row[name]) for name in group), None)
-        rows.append({name: row[name] for name in MATRIX})
+        rows.append({name: row[name] for name in matrix})
     return rows
+
+
+def groups_of(cell: str, strength: int) -> list[tuple[str, ...]]:
+    factors = [name for name in MATRIX[cell] if name != "cell"]
+    return [*itertools.combinations(factors, strength), *TOGETHER.get(cell, ())]
 
 
 def _gain(row: Mapping[str, Any], groups: Sequence[Sequence[str]], missing: Mapping[Any, None]) -> int:
@@ -80,7 +94,7 @@ def _gain(row: Mapping[str, Any], groups: Sequence[Sequence[str]], missing: Mapp
 def problem_of(row: Mapping[str, Any]) -> tuple[Problem, Way]:
     L, B, d = row["size"]
     d += d % 2 if "width=2" in row["plan"] else 0
-    options = {name: row[name] for name in FACTORS}
+    options = {name: value for name, value in row.items() if name not in WAYS_AND_SIZES}
     problem = Problem.make(options, (L, B, d), row["D"], row["layout"])
     return problem, Way(row["plan"], row["own_batch"], row["shared"], row["save"])
 
@@ -90,8 +104,10 @@ def title(row: Any) -> str:
 
 
 MATRIX_CASES = [
-    *(pytest.param("emulated", row, id=f"emulated-{title(row)}") for row in covering(2)),
-    *(pytest.param("gpu", row, id=f"gpu-{title(row)}", marks=pytest.mark.gpu) for row in covering(3)),
+    pytest.param(place, row, id=f"{place}-{title(row)}", marks=marks)
+    for place, strength, marks in (("emulated", 2, ()), ("gpu", 3, pytest.mark.gpu))
+    for cell in CELLS
+    for row in covering(cell, strength)
 ]
 
 
@@ -102,10 +118,11 @@ def test_recurrence_matches_oracle(place, row, monkeypatch):
     judge(problem, run(place, problem, save=way.save))
 
 
-def test_the_matrix_covers_all_pairs():
-    rows = covering(2)
-    for group in [*itertools.combinations(MATRIX, 2), TOGETHER]:
-        for values in itertools.product(*(MATRIX[name] for name in group)):
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_matrix_covers_all_pairs(cell):
+    rows = covering(cell, 2)
+    for group in groups_of(cell, 2):
+        for values in itertools.product(*(MATRIX[cell][name] for name in group)):
             assert any(tuple(row[name] for name in group) == values for row in rows), (group, values)
 
 
@@ -135,8 +152,6 @@ def test_layer_matches_oracle(place, row):
 # ----------------------------------------------------------------------------------------------------------------------
 # The same bits
 
-FULL = {"kind": "x", "activation": "identity", "reset_on": "previous", "bias": True, "v": "params", "dropout": False}
-
 WAYS = (
     Way(),
     Way("width=1,depth=1,threads=32"),
@@ -147,11 +162,15 @@ WAYS = (
     Way("width=1,depth=32,threads=256", own_batch=False, shared=False, save=100),
 )
 
+_SRU = FULL["sru"]
 BITS = {
-    "float32": (FULL | {"dtype": "float32"}, (21, 3, 34), 2, "all"),
-    "bfloat16": (FULL | {"dtype": "bfloat16", "kind": "projected", "activation": "tanh"}, (21, 11, 70), 1, "all"),
-    "float16": (FULL | {"dtype": "float16", "kind": "no_skip", "v": "inputs", "dropout": True}, (21, 2, 6), 2, "mask"),
-    "float64": (FULL | {"dtype": "float64", "kind": "basic", "reset_on": "current"}, (21, 3, 2), 1, "reset"),
+    "float32": (_SRU | {"dtype": "float32"}, (21, 3, 34), 2, "all"),
+    "bfloat16": (_SRU | {"dtype": "bfloat16", "kind": "projected", "activation": "tanh"}, (21, 11, 70), 1, "all"),
+    "float16": (_SRU | {"dtype": "float16", "kind": "no_skip", "v": "inputs", "dropout": True}, (21, 2, 6), 2, "mask"),
+    "float64": (_SRU | {"dtype": "float64", "kind": "basic", "reset_on": "current"}, (21, 3, 2), 1, "reset"),
+    "qrnn": (FULL["qrnn"] | {"dtype": "float16", "form": "ifo-x"}, (21, 3, 34), 2, "all"),
+    "mingru": (FULL["mingru"] | {"dtype": "bfloat16", "candidate": "positive"}, (21, 9, 6), 1, "all"),
+    "minlstm": (FULL["minlstm"] | {"dtype": "float32"}, (21, 2, 10), 2, "all"),
 }
 
 
@@ -160,79 +179,93 @@ BITS = {
 def test_every_plan_gives_the_same_bits(place, name, monkeypatch):
     """However many channels a thread has, steps it reads ahead, and states it recomputes."""
     problem, results = Problem.make(*BITS[name]), {}
-    for way in WAYS:
+    for way in WAYS if problem.cell.name == "sru" else WAYS[::2]:
         way.go(monkeypatch)
         results[way] = run(place, problem, save=way.save)
     judge(problem, results[WAYS[0]])
     same(results)
 
 
-def test_every_run_gives_the_same_bits(place, monkeypatch):
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_run_gives_the_same_bits(place, cell, monkeypatch):
     """Whichever thread and block comes first."""
     monkeypatch.setenv("SRU_RT_PLAN", "threads=32")
     for save in (True, 4):
-        problem, results = Problem.make(FULL | {"dtype": "float32"}, (9, 19, 40), 2, "all"), {}
-        for order in range(5):
+        problem, results = Problem.make(FULL[cell] | {"dtype": "float32"}, (9, 19, 40), 2, "all"), {}
+        for order in range(5) if cell == "sru" else (1, 2):
             monkeypatch.setenv("SRU_RT_EMU_ORDER", str(order))
             results[order] = run(place, problem, save=save)
         same(results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_saving_does_not_change_the_result(place, dtype):
-    problem = Problem.make(FULL | {"dtype": dtype}, (6, 3, 9), 2, "all")
-    given = place.put({**problem.arrays, **problem.options})
+CELLS_AND_DTYPES = [("sru", dtype) for dtype in DTYPES]
+CELLS_AND_DTYPES += [("qrnn", "bfloat16"), ("mingru", "float32"), ("minlstm", "float16")]
+
+
+@pytest.mark.parametrize("cell, dtype", CELLS_AND_DTYPES)
+def test_saving_does_not_change_the_result(place, cell, dtype):
+    problem = Problem.make(FULL[cell] | {"dtype": dtype}, (6, 3, 9), 2, "all")
+    given = place.put(problem.given)
     results = {}
     for save in (False, True, 4):
-        h, c_last, *_ = sru_rt.sru_recurrence(**given, save=save)
-        results[save] = Result(*place.get((h, c_last)), {})
+        h, last, *_ = problem.forward()(**given, save=save)
+        results[save] = Result(*place.get((h, last)), {})
     same(results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_is_the_same_token_in_a_sequence(place, dtype):
+@pytest.mark.parametrize("cell, dtype", CELLS_AND_DTYPES)
+def test_a_step_is_the_same_token_in_a_sequence(place, cell, dtype):
     """Given the same U: products of a batch of tokens may round otherwise than those of one token."""
     L, B, d = 7, 5, 37
     rng = np.random.default_rng(3)
-    params = sru_rt.sru_init(d, d, rng=rng, dtype=dtype)
+    cell, options = CELLS[cell], {"highway": True} if cell == "qrnn" else {}
+    params = cell.library("init")(d, d, rng=rng, dtype=dtype, **options)
     kind = params["weight"].dtype
     params["weight"] = np.round(params["weight"].astype("f4") * 8).astype(kind)  # products are exact in any order
     params["weight"][:, :, :, 4:] = 0
     x = np.round(rng.normal(size=(L, B, d)) * 4).astype(kind)
     x, params = place.put(x), place.put(params)
-    h, c_last = sru_rt.sru_forward(x, **params)
-    c = None
+    h, last = cell.library("forward")(x, **params)
+    state = None
     for t in range(L):
-        h_t, c = sru_rt.sru_step(x[t], c=c, **params)
+        h_t, state = cell.library("step")(x[t], **params, **{cell.state: state})
         assert place.get(h_t).tobytes() == place.get(h[t]).tobytes(), t
-    assert place.get(c).tobytes() == place.get(c_last).tobytes()
+    assert place.get(state).tobytes() == place.get(last).tobytes()
 
 
-def test_a_sequence_does_not_depend_on_the_others(place):
-    problem = random_problem("float32", 5, 3, 2, 33)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_sequence_does_not_depend_on_the_others(place, cell):
+    problem = random_problem("float32", 5, 3, 2, 33, cell=cell)
     whole = run(place, problem)
     for b in range(3):
-        arrays = {n: np.ascontiguousarray(a[:, b : b + 1]) for n, a in problem.arrays.items() if n in ("u", "x", "c0")}
+        arrays = {n: a if n in ("bias", "v") else cut(a, b) for n, a in problem.arrays.items()}
+        options = {n: cut(a, b) if isinstance(a, np.ndarray) else a for n, a in problem.options.items()}
         one = run(
             place,
-            replace(problem, arrays=problem.arrays | arrays, dh=cut(problem.dh, b), dc_last=cut(problem.dc_last, b)),
+            replace(problem, arrays=arrays, options=options, dh=cut(problem.dh, b), dlast=cut(problem.dlast, b)),
         )
-        assert np.array_equal(one.h, cut(whole.h, b)) and np.array_equal(one.c_last, cut(whole.c_last, b))
-        assert np.array_equal(one.u, cut(whole.u, b)) and np.array_equal(one.c0, cut(whole.c0, b))
+        mine = {n: cut(a, b) for n, a in whole.gradients.items() if n not in ("bias", "v")}
+        assert mine.keys() >= {"u", problem.cell.initial}
+        alone = {n: a for n, a in one.gradients.items() if n in mine}
+        same(
+            {"in the batch": Result(cut(whole.h, b), cut(whole.last, b), mine), "alone": replace(one, gradients=alone)}
+        )
 
 
 @pytest.mark.parametrize("save", [True, 3])
 @pytest.mark.parametrize("L, B", [(1, 1), (5, 3)])
-def test_a_channel_does_not_depend_on_the_others(place, L, B, save):
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_channel_does_not_depend_on_the_others(place, cell, L, B, save):
     """So it is with one channel alone, d = 1."""
-    problem = random_problem("float32", L, B, 2, 4)
+    problem = random_problem("float32", L, B, 2, 4, cell=cell)
     whole = run(place, problem, save=save)
     for j in (0, 3):
         arrays = {name: channel(array, j) for name, array in problem.arrays.items()}
-        alone = replace(problem, arrays=arrays, dh=channel(problem.dh, j), dc_last=channel(problem.dc_last, j))
-        one = run(place, alone, save=save)
+        options = {n: channel(a, j) if isinstance(a, np.ndarray) else a for n, a in problem.options.items()}
+        dh, dlast = channel(problem.dh, j), channel(problem.dlast, j)
+        one = run(place, replace(problem, arrays=arrays, options=options, dh=dh, dlast=dlast), save=save)
         cuts = {name: channel(gradient, j) for name, gradient in whole.gradients.items()}
-        same({"the channel": Result(channel(whole.h, j), channel(whole.c_last, j), cuts), "alone": one})
+        same({"the channel": Result(channel(whole.h, j), channel(whole.last, j), cuts), "alone": one})
 
 
 def channel(array: np.ndarray, j: int) -> np.ndarray:
@@ -247,16 +280,24 @@ def cut(array: np.ndarray, b: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("save", [True, 3])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_stands_in_padding_does_not_matter(place, dtype, save):
+@pytest.mark.parametrize(
+    "cell, dtype", [("sru", "float16"), ("sru", "float32"), ("qrnn", "float32"), ("minlstm", "bfloat16")]
+)
+def test_what_stands_in_padding_does_not_matter(place, cell, dtype, save):
     results = {}
     for what in (0.0, np.nan, np.inf, 1.0):
-        problem = Problem.make(FULL | {"dtype": dtype, "v": "inputs"}, (8, 4, 10), 2, "all")
-        for array in (problem.arrays["u"], problem.arrays["x"], problem.arrays["v"], problem.dh):
-            array[problem.padded] = what
+        row = FULL[cell] | {"dtype": dtype} | ({"v": "inputs"} if cell == "sru" else {})
+        problem = Problem.make(row, (8, 4, 10), 2, "all")
+        per_step = [problem.given.get(name) for name in ("u", "x", "v", "zoneout_mask")]
+        for array in (*per_step, problem.dh):
+            if array is not None:
+                array[problem.padded] = what
         results[what] = run(place, problem, save=save)
     same(results)
 
+
+# What a cell has little to do with is tested with these, of which one calls its state c, and the other h.
+SOME = ("sru", "minlstm")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes without an element
@@ -264,26 +305,32 @@ def test_what_stands_in_padding_does_not_matter(place, dtype, save):
 
 @pytest.mark.parametrize("save", [True, 3])
 @pytest.mark.parametrize("L, B", [(0, 3), (4, 0), (0, 0)])
-def test_empty(place, L, B, save):
-    problem = random_problem("float32", L, B, 2, 5)
-    result = run(place, problem, save=save)
-    assert result.h.shape == (L, B, 10) and result.u.shape == (L, B, 2, 3, 5)
-    assert np.array_equal(result.c_last, problem.arrays["c0"]) and np.array_equal(result.c0, problem.dc_last)
-    for name in ("bias", "v"):
-        assert result.gradients[name].shape == (2, 2, 5) and not result.gradients[name].any()
+@pytest.mark.parametrize("cell", SOME)
+def test_empty(place, cell, L, B, save):
+    problem = random_problem("float32", L, B, 2, 5, cell=cell)
+    result, c0 = run(place, problem, save=save), problem.cell.initial
+    assert result.h.shape == (L, B, 10)
+    assert {n: a.shape for n, a in result.gradients.items()} == {n: a.shape for n, a in problem.arrays.items()}
+    if L == 0:
+        assert np.array_equal(result.last, problem.arrays[c0])
+        assert np.array_equal(result.gradients[c0], problem.dlast)
+    for name in {"bias", "v"} & result.gradients.keys():
+        assert not result.gradients[name].any()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is given and wanted
 
 
-def test_initial_states_and_last_gradients_are_zeros_by_default(place):
-    problem = random_problem("float32", 5, 3, 2, 9)
-    zeros = np.zeros_like(problem.arrays["c0"])
+@pytest.mark.parametrize("cell", SOME)
+def test_initial_states_and_last_gradients_are_zeros_by_default(place, cell):
+    problem = random_problem("float32", 5, 3, 2, 9, cell=cell)
+    c0 = problem.cell.initial
+    zeros = np.zeros_like(problem.arrays[c0])
     results = {}
-    for name, c0, dc_last in (("zeros", zeros, zeros), ("None", None, None)):
-        result = run(place, replace(problem, arrays=problem.arrays | {"c0": c0}, dc_last=dc_last))
-        results[name] = replace(result, gradients={n: g for n, g in result.gradients.items() if n != "c0"})
+    for name, state, dlast in (("zeros", zeros, zeros), ("None", None, None)):
+        result = run(place, replace(problem, arrays=problem.arrays | {c0: state}, dlast=dlast))
+        results[name] = replace(result, gradients={n: g for n, g in result.gradients.items() if n != c0})
     same(results)
 
 
@@ -304,34 +351,39 @@ def test_v_per_step_in_either_dtype(place, dtype, wide, monkeypatch):
     same(results)
 
 
-NEEDS = [("u",), ("x",), ("bias", "v"), ("c0",), ("u", "v"), ("x", "bias"), ()]
+NEEDS = {
+    "sru": [("u",), ("x",), ("bias", "v"), ("c0",), ("u", "v"), ("x", "bias"), ()],
+    "minlstm": [("u",), ("bias",), ("h0",), ()],
+}
 
 
 @pytest.mark.parametrize("save", [True, 3])
-def test_need(place, save):
-    problem = Problem.make(FULL | {"dtype": "float32", "v": "params"}, (5, 9, 7), 2, "all")
-    problem.arrays["c0"] = np.ones((2, 9, 7), np.float32)
+@pytest.mark.parametrize("cell", SOME)
+def test_need(place, cell, save):
+    problem = Problem.make(FULL[cell] | {"dtype": "float32"}, (5, 9, 7), 2, "all", state=True)
     everything = run(place, problem, save=save).bits()
-    for need in NEEDS:
+    for need in NEEDS[cell]:
         some = run(place, problem, save=save, need=need)
         assert set(some.gradients) == set(need)
         assert all(some.bits()[f"d{name}"] == everything[f"d{name}"] for name in need), need
 
 
-@pytest.mark.parametrize("which", ["both", "h", "c_last"])
-def test_out(place, which):
+@pytest.mark.parametrize("which", ["both", "h", "last"])
+@pytest.mark.parametrize("cell", SOME)
+def test_out(place, cell, which):
     """Results are written where they are asked for; the state even in place."""
-    problem = Problem.make(FULL | {"dtype": "float16"}, (5, 3, 8), 2, "all")
-    problem.arrays["c0"] = np.random.default_rng(6).normal(size=(2, 3, 8)).astype(np.float32)
-    given = place.put({**problem.arrays, **problem.options})
-    wanted = place.get(sru_rt.sru_recurrence(**given))
-    h = None if which == "c_last" else place.put(np.full((5, 3, 16), np.nan, np.float16))
-    c = None if which == "h" else given["c0"]
-    got = sru_rt.sru_recurrence(**given, out=(h, c))
+    problem = Problem.make(FULL[cell] | {"dtype": "float16"}, (5, 3, 8), 2, "all")
+    c0 = problem.cell.initial
+    problem.arrays[c0] = np.random.default_rng(6).normal(size=(2, 3, 8)).astype(np.float32)
+    given = place.put(problem.given)
+    wanted = place.get(problem.forward()(**given))
+    h = None if which == "last" else place.put(np.full((5, 3, 16), np.nan, np.float16))
+    c = None if which == "h" else given[c0]
+    got = problem.forward()(**given, out=(h, c))
     for array, own, expected in zip(got, (h, c), wanted):
         assert place.get(array).tobytes() == expected.tobytes()
         assert own is None or array.data.ptr == own.data.ptr
-    unchanged(place, given, {n: a for n, a in problem.arrays.items() if n != "c0"})
+    unchanged(place, given, {n: a for n, a in problem.arrays.items() if n != c0})
 
 
 @pytest.mark.parametrize("save", [True, 3])
@@ -351,7 +403,7 @@ def test_lengths_of_a_device_are_clamped(place, save):
     problem = random_problem("float32", 5, 6, 2, 3)
     given = place.put(problem.arrays)
     h, c_last = place.get(sru_rt.sru_recurrence(**given, lengths=[0, 0, 3, 5, 5, 5]))
-    assert np.array_equal(h, results["within"].h) and np.array_equal(c_last, results["within"].c_last)
+    assert np.array_equal(h, results["within"].h) and np.array_equal(c_last, results["within"].last)
 
 
 @pytest.mark.parametrize("save", [True, 4])
@@ -365,7 +417,7 @@ def test_states_kept_in_16_bits(place, dtype, save, monkeypatch):
         results[text] = run(place, problem, save=save, saved_dtype=dtype)
     same(results)
     narrow = results[""]
-    assert np.array_equal(narrow.h, wide.h) and np.array_equal(narrow.c_last, wide.c_last)
+    assert np.array_equal(narrow.h, wide.h) and np.array_equal(narrow.last, wide.last)
     for name, wanted in wide.gradients.items():
         tolerance.check(f"d{name}", narrow.gradients[name], wanted.astype("f8"), 4 * tolerance.EPS[dtype])
     assert any(narrow.bits()[f"d{name}"] != wide.bits()[f"d{name}"] for name in wide.gradients)
@@ -392,17 +444,19 @@ BIG_CASES = [
 
 
 @pytest.mark.parametrize("save", [True, 32])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "cell, dtype",
+    [("sru", "float32"), ("sru", "bfloat16"), ("qrnn", "bfloat16"), ("mingru", "float32"), ("minlstm", "float32")],
+)
 @pytest.mark.parametrize("place, sizes", BIG_CASES, indirect=["place"])
-def test_as_on_the_cpu(place, sizes, dtype, save, monkeypatch):
+def test_as_on_the_cpu(place, sizes, cell, dtype, save, monkeypatch):
     """Against the compiled kernels of the CPU, as the oracle would take too long."""
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
-    problem = random_problem(dtype, *sizes)
+    problem = random_problem(dtype, *sizes, cell=cell)
     got = run(place, problem, save=save)
-    h, c_last, saved = sru_rt.sru_recurrence(**problem.arrays, save=save)
-    gradients = sru_rt.sru_backward(saved, problem.dh, problem.dc_last)
+    (h, last), gradients = problem.run(save=save)
     tolerance.check("h", got.h, h.astype("f8"), apart(dtype))
-    tolerance.check("c_last", got.c_last, c_last.astype("f8"), apart("float32"))
+    tolerance.check("last", got.last, last.astype("f8"), apart("float32"))
     for name in gradients:
         wanted = getattr(gradients, name)
         tolerance.check(f"d{name}", got.gradients[name], wanted.astype("f8"), 4 * apart(wanted.dtype.name))
@@ -428,11 +482,11 @@ def test_offsets_beyond_31_bits(place, sizes, piece, save):
         pytest.skip("needs 32 GiB of free memory on the GPU")
     L, B, d = sizes
     # Content repeats every 61 steps, which no power of two is a multiple of: a wrong offset meets other content.
-    problem = random_problem("float16", 61, B, 1, d, k=2, reset_gate=False)
+    problem = random_problem("float16", 61, B, 1, d, kind="basic")
     u, dh = (repeated(place, a, L) for a in (problem.arrays["u"], problem.dh))
-    fixed = place.put({"bias": problem.arrays["bias"][:, :1], "v": problem.arrays["v"][:, :1], "reset_gate": False})
+    fixed = place.put({"bias": problem.arrays["bias"], "v": problem.arrays["v"], **problem.options})
     c = place.put(problem.arrays["c0"])
-    dc = place.put(problem.dc_last)
+    dc = place.put(problem.dlast)
 
     h, c_last, saved = sru_rt.sru_recurrence(u, c0=c, save=save, **fixed)
     du = sru_rt.sru_backward(saved, dh, dc, need=("u", "c0"))

@@ -41,9 +41,11 @@ class Job:
 
 CLEAN = {
     "asan": Job("asan", "plain pairs recomputed recomputed_pairs per_step basic"),
+    "asan, other cells": Job("asan", "qrnn qrnn_recomputed_pairs mingru minlstm", (0, 2)),
     "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
     "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
     "tsan, 3": Job("tsan", "plain per_step", (2,)),
+    "tsan, other cells": Job("tsan", "qrnn_recomputed_pairs mingru minlstm", (1,)),
 }
 
 HEAP = r"AddressSanitizer: heap-buffer-overflow"
