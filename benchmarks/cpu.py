@@ -1,12 +1,13 @@
 """Speed of sru_rt on the CPU beside a copy, the matrix products alone, PyPI's `sru`, torch's LSTM and GRU.
 
-One run, one table: SRU with highway, v and bias, float32, d_in = d, one direction. Results are compared with
-a float64 loop first, and what differs gets no speed. README.md beside this file explains the rows.
+One run, one table: the recurrence of every cell, and layers of SRU; float32, d_in = d, one direction. Results are
+compared with float64 first, and what differs gets no speed. README.md beside this file explains the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import datetime
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +66,47 @@ class Row(NamedTuple):
     fault: str = ""  # why no speed is given
 
 
-class Problem:
-    """The arrays of one shape, the calls of sru_rt on them, and the results that a float64 loop finds."""
+class Cell(NamedTuple):
+    """A recurrence that is timed."""
+
+    name: str
+    forward: Callable[..., tuple]  # its arguments beside u are given by name
+    backward: Callable
+    gates: int
+    skip: bool  # whether it is given x
+    params: dict[str, int]  # its parameters, and how many each holds for a channel
+    options: dict[str, Any]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What each pass reads and writes for an element of h, in float32: gates, x, state, h and gradients."""
+        read = self.gates + self.skip
+        return {"forward": 4 * read + 4, "forward, save=True": 4 * read + 8, "backward": 8 * read + 8}
+
+
+@sru_rt.cell(gates="uf uc ug", params="b_f", state="c", constants="lowest")
+def hgru(uf, uc, ug, b_f, c, lowest):
+    """The cell of examples/own_cell.py."""
+    f = lowest + (1 - lowest) * sru_rt.sigmoid(uf + b_f)
+    c = f * c + (1 - f) * uc * sru_rt.sigmoid(uc)
+    return c, c * sru_rt.sigmoid(ug)
+
+
+CELLS = [
+    Cell("SRU", sru_rt.sru_recurrence, sru_rt.sru_backward, 3, True, {"bias": 2, "v": 2}, {"alpha": ALPHA}),
+    Cell("QRNN fo", sru_rt.qrnn_recurrence, sru_rt.qrnn_backward, 3, False, {"bias": 3}, {}),
+    Cell(
+        "QRNN ifo with highway", sru_rt.qrnn_recurrence, sru_rt.qrnn_backward, 4, True, {"bias": 4},
+        {"pooling": "ifo", "highway": True},
+    ),
+    Cell("minGRU", sru_rt.mingru_recurrence, sru_rt.mingru_backward, 2, False, {"bias": 2}, {}),
+    Cell("minLSTM", sru_rt.minlstm_recurrence, sru_rt.minlstm_backward, 3, False, {"bias": 3}, {}),
+    Cell("own cell", hgru.recurrence, hgru.backward, 3, False, {"params": 1}, {"lowest": 0.5}),
+]  # fmt: skip
+
+
+class Layer:
+    """The arrays of an SRU layer of one shape, the calls of sru_rt on them, and the results of a float64 loop."""
 
     def __init__(self, shape: Shape, threads: int) -> None:
         self.shape, self.threads = shape, threads
@@ -75,43 +115,54 @@ class Problem:
         self.x, self.dh = rng.standard_normal((2, L, B, d), np.float32)
         self.weight = (rng.uniform(-1, 1, (1, 3, d, d)) * math.sqrt(3 / d)).astype(np.float32)
         self.bias, self.v = rng.uniform(-1, 1, (2, 1, 2, d)).astype(np.float32)
-        self.u = (self.x.reshape(-1, d) @ self.weight.reshape(-1, d).T).reshape(L, B, 1, 3, d)
-        self.out = np.empty_like(self.x), np.empty((1, B, d), np.float32)
         self.expected = self.expect()
 
     def expect(self) -> dict[str, Any]:
-        """Outputs and gradients of the layer; u and skip are those of the recurrence alone."""
+        """Outputs and gradients."""
         given = (oracle.project(self.x, self.weight), self.x, self.bias, self.v)
         h, c_last = oracle.sru_recurrence(*given, alpha=ALPHA)
         g = oracle.sru_recurrence_backward(*given, dh=self.dh, alpha=ALPHA)
         du, x, weight = g["u"][:, :, 0], oracle.float64(self.x), oracle.float64(self.weight[0])
         dx, dweight = g["x"] + np.tensordot(du, weight, 2), np.tensordot(du, x, ((0, 1), (0, 1)))
-        return g | {"h": h, "c_last": c_last, "skip": g["x"], "x": dx, "weight": dweight[None]}
+        return {"h": h, "c_last": c_last, "x": dx, "weight": dweight[None], "bias": g["bias"], "v": g["v"]}
 
     def fault(self, **found: Any) -> str:
-        """Empty where everything agrees with the float64 loop, else what differs and by how much."""
-        errors = {name: oracle.relative_error(array, self.expected[name]) for name, array in found.items()}
-        wrong = [f"{name} differs by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
-        return "no speed: " + ", ".join(wrong) if wrong else ""
+        return compare(found, self.expected)
 
-    def recurrence(self, save: bool = False) -> tuple:
-        return sru_rt.sru_recurrence(self.u, self.x, self.bias, self.v, alpha=ALPHA, save=save, out=self.out)
-
-    def layer(self, save: bool = False) -> tuple:
+    def forward(self, save: bool = False) -> tuple:
         return sru_rt.sru_forward(self.x, self.weight, self.bias, self.v, alpha=ALPHA, save=save)
 
-    def layer_and_backward(self) -> tuple:
-        h, c_last, saved = self.layer(save=True)
+    def forward_and_backward(self) -> tuple:
+        h, c_last, saved = self.forward(save=True)
         return h, c_last, sru_rt.sru_backward(saved, self.dh)
 
 
-def copies(p: Problem) -> list[Row]:
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Empty where everything agrees with float64, else what differs and by how much."""
+    errors = {name: oracle.relative_error(array, expected[name]) for name, array in found.items()}
+    wrong = [f"{name} differs by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+    return "no speed: " + ", ".join(wrong) if wrong else ""
+
+
+@contextlib.contextmanager
+def on_numpy() -> Iterator[None]:
+    """Within it sru_rt does not use compiled code."""
+    before = os.environ.get("SRU_RT_CPU", "")
+    os.environ["SRU_RT_CPU"] = "numpy"
+    try:
+        yield
+    finally:
+        os.environ["SRU_RT_CPU"] = before
+
+
+def copies(shape: Shape, threads: int) -> list[Row]:
     """The yardstick: memmove with the bytes and footprint of a recurrence, half read and half written."""
-    source, target = np.ones((2, 20 * p.x.size), np.uint8)
-    pool = ThreadPoolExecutor(p.threads)
+    elements, widths = math.prod(shape), sorted({width for cell in CELLS for width in cell.bytes.values()})
+    source, target = np.ones((2, widths[-1] * elements // 2), np.uint8)
+    pool = ThreadPoolExecutor(threads)
 
     def copy_row(width: int, threads: int) -> Row:
-        half = width * p.x.size // 2
+        half = width * elements // 2
         repeats = max(1, 32_000_000 // half)  # starting the threads costs next to nothing then
 
         def share(i: int) -> None:
@@ -124,55 +175,75 @@ def copies(p: Problem) -> list[Row]:
         return Row(f"copy, {width} B/element", threads, call, 2e-9 * half, "GB", repeats=repeats)
 
     def touch() -> None:
-        for width in (12, 4):  # du and dx of a backward
-            np.empty(width * p.x.size, np.uint8)[::4096] = 0
+        for width in (12, 4):  # du and dx of SRU's backward
+            np.empty(width * elements, np.uint8)[::4096] = 0
 
-    rows = [copy_row(width, threads) for width in (20, 24, 40) for threads in sorted({1, p.threads})]
+    rows = [copy_row(width, one) for width in widths for one in sorted({1, threads})]
     return [*rows, Row("page faults of 16 B/element", 1, touch)]
 
 
-def recurrences(p: Problem) -> list[Row]:
-    h, c_last, saved = p.recurrence(save=True)
-    g = sru_rt.sru_backward(saved, p.dh)
-    fault = p.fault(h=h, c_last=c_last, u=g.u, skip=g.x, bias=g.bias, v=g.v) or p.fault(h=p.recurrence()[0])
+def recurrences(shape: Shape, threads: int) -> list[Row]:
+    """Every cell; they share x, the memory of u, and that of the results."""
+    L, B, d = shape
+    rng = np.random.default_rng(1)
+    x, dh, *gates = rng.standard_normal((2 + max(cell.gates for cell in CELLS), L, B, d), np.float32)
+    u = np.concatenate(gates).reshape(-1)
+    out = np.empty_like(x), np.empty((1, B, d), np.float32)
     rows = []
-    for label, width, call in (
-        ("recurrence, forward, out=", 20, p.recurrence),
-        ("recurrence, forward, save=True, out=", 24, lambda: p.recurrence(save=True)),
-        ("recurrence, backward", 40, lambda: sru_rt.sru_backward(saved, p.dh)),
-    ):
-        moved, copied = width * p.x.size, f"copy, {width} B/element"
-        in_cache = moved <= max(caches().values(), default=32 << 20)
-        for threads in sorted({1, p.threads}):
-            target = None if in_cache else 0.8 if threads == 1 else 0.7
-            rows.append(Row(label, threads, call, moved / 1e9, "GB", copied, "of", target, fault=fault))
+    for cell in CELLS:
+        arrays = {"u": u[: L * B * cell.gates * d].reshape(L, B, 1, cell.gates, d)} | ({"x": x} if cell.skip else {})
+        arrays |= {name: rng.uniform(-1, 1, (1, n, d)).astype(np.float32) for name, n in cell.params.items()}
+        rows += recurrence(cell, arrays, dh, out, threads)
     return rows
 
 
-def layers(p: Problem) -> list[Row]:
+def recurrence(cell: Cell, arrays: dict[str, Any], dh: Any, out: tuple, threads: int) -> list[Row]:
+    def run(arrays: dict[str, Any], dh: Any, **keywords: Any) -> tuple[dict[str, Any], Any]:
+        h, last, saved = cell.forward(**arrays, **cell.options, save=True, **keywords)
+        g = cell.backward(saved, dh)
+        return {"h": h, "last": last} | {f"d{name}": getattr(g, name) for name in arrays}, saved
+
+    with on_numpy():
+        expected, _ = run({name: oracle.float64(array) for name, array in arrays.items()}, oracle.float64(dh))
+    found, saved = run(arrays, dh, out=out)
+    wrong = compare(found, expected)
+    forward = functools.partial(cell.forward, **arrays, **cell.options, out=out)
+    wrong = wrong or compare({"h": forward()[0]}, expected)
+    calls = forward, functools.partial(forward, save=True), functools.partial(cell.backward, saved, dh)
+    rows = []
+    for (which, width), call in zip(cell.bytes.items(), calls):
+        moved, copied = width * dh.size, f"copy, {width} B/element"
+        in_cache = moved <= max(caches().values(), default=32 << 20)
+        for one in sorted({1, threads}):
+            target = None if in_cache else 0.8 if one == 1 else 0.7
+            label = f"recurrence of {cell.name}, {which}"
+            rows.append(Row(label, one, call, moved / 1e9, "GB", copied, "of", target, fault=wrong))
+    return rows
+
+
+def layers(p: Layer) -> list[Row]:
     """The matrix products, into arrays that exist already, and the layer."""
     d = p.shape[2]
-    x, w, u = p.x.reshape(-1, d), p.weight.reshape(-1, d), p.u.reshape(-1, 3 * d)
-    u_out, dx, dw = np.empty_like(u), np.empty_like(x), np.empty_like(w)
-
-    product = functools.partial(np.matmul, x, w.T, out=u_out)
+    x, w = p.x.reshape(-1, d), p.weight.reshape(-1, d)
+    u, dx, dw = x @ w.T, np.empty_like(x), np.empty_like(w)
+    product = functools.partial(np.matmul, x, w.T, out=u)
 
     def products() -> None:
         product()
         np.matmul(u, w, out=dx)
         np.matmul(u.T, x, out=dw)
 
-    h, c_last, g = p.layer_and_backward()
-    fault = p.fault(h=h, c_last=c_last, x=g.x, weight=g.weight, bias=g.bias, v=g.v) or p.fault(h=p.layer()[0])
+    h, c_last, g = p.forward_and_backward()
+    fault = p.fault(h=h, c_last=c_last, x=g.x, weight=g.weight, bias=g.bias, v=g.v) or p.fault(h=p.forward()[0])
     rows = []
-    for which, alone, call, times in zip(PASSES, (product, products), (p.layer, p.layer_and_backward), (1, 3)):
+    for which, alone, call, times in zip(PASSES, (product, products), (p.forward, p.forward_and_backward), (1, 3)):
         work, label, target = 2e-9 * times * x.size * len(w), f"products, {which}", TARGETS[f"layer, {which}"]
         rows.append(Row(label, p.threads, alone, work, "GF"))
         rows.append(Row(f"layer, {which}", p.threads, call, work, "GF", label, "x", target.get(p.shape), fault=fault))
     return rows
 
 
-def peers(p: Problem) -> list[Row]:
+def peers(p: Layer) -> list[Row]:
     rows = []
     for name in ("sru", "LSTM", "GRU"):
         try:
@@ -186,7 +257,7 @@ def peers(p: Problem) -> list[Row]:
     return rows
 
 
-def peer(p: Problem, name: str) -> tuple[dict[str, Callable], str]:
+def peer(p: Layer, name: str) -> tuple[dict[str, Callable], str]:
     """What a peer's rows call, and what is wrong with its results."""
     torch, d = importlib.import_module("torch"), p.shape[2]
     torch.set_num_threads(p.threads)
@@ -204,7 +275,7 @@ def peer(p: Problem, name: str) -> tuple[dict[str, Callable], str]:
     return calls, fault or p.fault(h=calls["forward"]()[0])
 
 
-def torch_calls(torch: Any, module: Any, p: Problem) -> dict[str, Callable]:
+def torch_calls(torch: Any, module: Any, p: Layer) -> dict[str, Callable]:
     """Forward in evaluation mode without gradients; forward + backward to x and all parameters."""
     evaluation, x, dh = copy.deepcopy(module).eval(), torch.from_numpy(p.x), torch.from_numpy(p.dh)
     leaf = x.clone().requires_grad_()
@@ -223,12 +294,15 @@ def torch_calls(torch: Any, module: Any, p: Problem) -> dict[str, Callable]:
     return dict(zip(PASSES, (forward, forward_and_backward)))
 
 
+def ours(shape: Shape, threads: int) -> list[Row]:
+    return copies(shape, threads) + recurrences(shape, threads) + layers(Layer(shape, threads))
+
+
 def prepare(shape: Shape, threads: int, group: str) -> list[Row]:
     """In a measuring process: sets ROWS, and returns them without their calls. Peers have a process of their own,
     as what one library leaves in the heap decides whether another one's new arrays cost page faults."""
     warnings.filterwarnings("ignore", module=r"sru\.")  # it has no CUDA, and minds gradients on the CPU
-    p = Problem(shape, threads)
-    ROWS.extend(peers(p) if group == "peers" else copies(p) + recurrences(p) + layers(p))
+    ROWS.extend(peers(Layer(shape, threads)) if group == "peers" else ours(shape, threads))
     return [row._replace(call=None) for row in ROWS]
 
 
@@ -297,6 +371,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What docs/performance.md shows, as a table: a row for each comparison, a column for each shape."""
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    lines = [["", *map(str, shapes), "target"], ["---"] * (len(shapes) + 2)]
+    compared = [row for row in rows if "value" in row or row["fault"]]
+    for label in dict.fromkeys(row["label"] for row in compared):
+        of_label = [row for row in compared if row["label"] == label]
+        cells = {shape: [ratio(row) for row in of_label if tuple(row["shape"]) == shape] for shape in shapes}
+        targets, reached = ([row[key] for row in of_label if "reached" in row] for key in ("target", "reached"))
+        bound, missed = "<=" if of_label[0]["sense"] == "x" else ">=", len(reached) - sum(reached)
+        verdict = (
+            "reached" if not missed else "missed" if missed == len(reached) else f"{missed} of {len(reached)} missed"
+        )
+        goal = f"{bound} {' / '.join(f'{target:g}' for target in dict.fromkeys(targets))}: {verdict}" if reached else ""
+        against = f"{of_label[0]['sense']} {of_label[0]['against']}"
+        lines.append([f"{label}: {against}", *(" / ".join(cells[shape]) for shape in shapes), goal])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """By medians; in brackets by minima where the two differ by more than 5 %, as something else was running."""
+    if row["fault"]:
+        return str(row["fault"])
+    apart = abs(row["value"] / row["by_minima"] - 1) > 0.05
+    return f"{row['value']:.2f}" + (f" ({row['by_minima']:.2f})" if apart else "")
+
+
 def caches() -> dict[str, int]:
     """Bytes of the caches of core 0, by level and kind, where the system tells."""
     folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
@@ -326,10 +427,14 @@ def main() -> int:
     option("--shapes", nargs="+", metavar="L,B,d", default=[",".join(map(str, s)) for s in SHAPES])
     option("--threads", type=int, default=2, help="of sru_rt, BLAS and torch; default: %(default)s")
     option("--rounds", type=int, default=7, help="blocks of each row; default: %(default)s")
-    option("--budget", type=float, default=300, help="seconds for one shape; default: %(default)s")
+    option("--budget", type=float, default=600, help="seconds for one shape; default: %(default)s")
     option("--quick", action="store_true", help="one round of the first shape")
     option("--out", type=Path, default=folder / f"cpu-{today}.json", help="default: %(default)s")
+    option("--summary", type=Path, metavar="FILE", help="measure nothing; print the summary of an earlier run's FILE")
     args = parser.parse_args()
+    if args.summary:
+        print(summary(json.loads(args.summary.read_text())["rows"]))
+        return 0
     for library in ("OPENBLAS", "MKL", "OMP"):  # read when a measuring process loads them
         os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`

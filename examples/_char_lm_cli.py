@@ -10,7 +10,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from _device import CHOICES, HELP
@@ -103,17 +103,18 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
-def make_parser(description: str, model: dict) -> Parser:
+def make_parser(description: str, model: dict, cells: Iterable[str]) -> Parser:
     """The command line; `model` holds the defaults of the options that a weights file fixes."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, positive, default = number(int, 1), number(float, 0, above=True), "(default %(default)s)"
     add = parser.add_argument
     add("--text", metavar="FILE", help="what to learn (default: the source of Python's standard library)")
     add("--out", metavar="FILE", help="where the weights go (default: the --resume file, or char_lm.npz)")
-    add("--resume", metavar="FILE", help="go on with these weights; they fix layers, d, embed and dtype")
+    add("--resume", metavar="FILE", help="go on with these weights; they fix cell, layers, d, embed and dtype")
     add("--steps", type=count, metavar="N", help="train for N pieces of --length characters")
     add("--minutes", type=positive, help="train for so long (default 1.7, or no limit with --steps)")
-    add("--layers", type=count, metavar="N", help=f"SRU layers (default {model['layers']})")
+    add("--cell", choices=cells, help=f"the recurrence (default {model['cell']})")
+    add("--layers", type=count, metavar="N", help=f"its layers (default {model['layers']})")
     add("--d", type=count, metavar="N", help=f"hidden size (default {model['d']})")
     add("--embed", type=count, metavar="N", help=f"size of the embedding (default {model['embed']})")
     add("--dtype", choices=["float32", "float64"], help=f"of all arrays (default {model['dtype']})")
@@ -121,7 +122,7 @@ def make_parser(description: str, model: dict) -> Parser:
     add("--batch", type=count, default=32, metavar="N", help=f"parallel streams {default}")
     add("--length", type=count, default=64, metavar="N", help=f"characters of a piece {default}")
     add("--lr", type=positive, default=0.01, help=f"highest learning rate {default}")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help=f"rate inside the layers {default}")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help=f"rate for what layers give {default}")
     add("--seed", type=number(int, 0), default=0, help=f"of weights, dropout and samples {default}")
     add(
         "--sample",

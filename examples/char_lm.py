@@ -1,15 +1,17 @@
-"""Train a character language model of stacked SRU layers with NumPy and sru_rt; on a GPU with CuPy, if it is there.
+"""Train a character language model of recurrent layers with NumPy and sru_rt; on a GPU with CuPy, if it is there.
 
     python char_lm.py                         two minutes, on the source of Python's standard library
+    python char_lm.py --cell mingru           the same with another recurrence: sru, qrnn, mingru or minlstm
     python char_lm.py --text novel.txt        the same on a text of yours
     python char_lm.py --resume char_lm.npz    go on with the weights of an earlier run
     python char_lm.py --sample 1000           no training: let the weights in char_lm.npz write
 
 A character is one byte of the file: any text in any language will do, and no character is unknown to the
-model. The model is an embedding, SRU layers with highway skips and a softmax over the 256 bytes. The last
+model. The model is an embedding, recurrent layers with skips and a softmax over the 256 bytes. The last
 tenth of the text is kept for validation. Training is truncated back-propagation through time: the text runs
 as --batch parallel streams, and each piece of --length characters starts from the state that the piece
-before it left. With --steps the same seed gives the same weights again; --minutes depends on the machine.
+before it left; only what a QRNN's window sees before the piece is zeros. With --steps the same seed gives the
+same weights again; --minutes depends on the machine.
 The code is written over `xp`, which is NumPy or CuPy, and a training step never waits for the GPU.
 
 Letters: L time steps, B sequences, d hidden size. Time comes first: tokens (L, B), hidden states (L, B, d).
@@ -24,6 +26,8 @@ import os
 import sys
 import time
 import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from _char_lm_cli import Progress, check_writable, gzip_bits, make_parser, split_text, unigram_bits
@@ -33,8 +37,41 @@ import sru_rt
 
 xp = np  # the library of the model's arrays, set once; only to_device and to_host move arrays between it and NumPy
 VOCAB = 256
-TRAINED = ("weight", "bias", "v")  # the arrays in the dict of sru_init; the rest of it are options
-MODEL_DEFAULTS = {"layers": 4, "d": 128, "embed": 64, "dtype": "float32"}
+MODEL_DEFAULTS = {"cell": "sru", "layers": 4, "d": 128, "embed": 64, "dtype": "float32"}
+
+
+class Cell(NamedTuple):
+    """What the model needs to know of a recurrence."""
+
+    init: Callable
+    forward: Callable
+    backward: Callable
+    step: Callable
+    options: dict  # of init
+    trained: tuple = ("weight", "bias")  # the arrays in the dict of init; the rest of it are options
+    state: str = "c"  # what step calls the state; forward calls it c0
+    residual: bool = False  # whether the model adds a layer's input to its output, as the cell has no skip
+
+
+# The biases let every layer begin near its skip, so that gradients reach the lowest one, or with a longer memory.
+CELLS = {
+    "sru": Cell(
+        sru_rt.sru_init, sru_rt.sru_forward, sru_rt.sru_backward, sru_rt.sru_step,
+        {"highway_bias": -2.0}, trained=("weight", "bias", "v"),
+    ),
+    "qrnn": Cell(
+        sru_rt.qrnn_init, sru_rt.qrnn_forward, sru_rt.qrnn_backward, sru_rt.qrnn_step,
+        {"pooling": "fo", "window": 2, "highway": True},
+    ),
+    "mingru": Cell(
+        sru_rt.mingru_init, sru_rt.mingru_forward, sru_rt.mingru_backward, sru_rt.mingru_step,
+        {"forget_bias": 1.0}, state="h", residual=True,
+    ),
+    "minlstm": Cell(
+        sru_rt.minlstm_init, sru_rt.minlstm_forward, sru_rt.minlstm_backward, sru_rt.minlstm_step,
+        {"forget_bias": 1.0}, state="h", residual=True,
+    ),
+}  # fmt: skip
 
 
 def to_device(array):
@@ -46,60 +83,73 @@ def to_host(array) -> np.ndarray:
 
 
 class Model:
-    """Embedding, SRU layers, softmax. `params` names every trained array; `layers` holds the same arrays."""
+    """Embedding, recurrent layers, softmax. `params` names every trained array; `layers` holds the same arrays."""
 
     def __init__(self, hyper: dict, seed: int):
-        self.hyper, rng = hyper, np.random.default_rng(seed)
+        self.hyper, self.cell, rng = hyper, CELLS[hyper["cell"]], np.random.default_rng(seed)
         d, embed, dtype = hyper["d"], hyper["embed"], hyper["dtype"]
-        # The first layer projects its skip, as its sizes differ. A negative reset bias lets every layer begin
-        # near its skip, so that gradients reach the lowest one.
+        self.sizes = [embed] + [d] * (hyper["layers"] - 1)  # of the layers' inputs
         like = xp.empty(0, dtype)
         self.layers = [
-            sru_rt.sru_init(d if i else embed, d, highway_bias=-2.0, dtype=dtype, rng=rng, like=like)
-            for i in range(hyper["layers"])
+            self.cell.init(size, d, **self.cell.options, dtype=dtype, rng=rng, like=like) for size in self.sizes
         ]
         self.params = {
             "embed": to_device(rng.standard_normal((VOCAB, embed)).astype(dtype)),
             "out_weight": to_device((rng.standard_normal((d, VOCAB)) / math.sqrt(d)).astype(dtype)),
             "out_bias": xp.zeros(VOCAB, dtype),
         }
-        self.params |= {f"{i}.{name}": layer[name] for i, layer in enumerate(self.layers) for name in TRAINED}
+        self.params |= {f"{i}.{name}": layer[name] for i, layer in enumerate(self.layers) for name in self.cell.trained}
 
     def zero_state(self, B: int) -> list:
         return [xp.zeros((1, B, self.hyper["d"]), self.hyper["dtype"]) for _ in self.layers]
 
+    def skips(self, i: int) -> bool:
+        """Whether layer i's input is added to its output; the first layer's has another size."""
+        return self.cell.residual and self.sizes[i] == self.hyper["d"]
+
     def forward(self, tokens, state: list, masks=None, save=False):
-        """Tokens (L, B) and one c0 per layer -> logits (L*B, 256), the new state, and what backward needs."""
-        h, new_state, tape = self.params["embed"][tokens], [], []
+        """Tokens (L, B) and one state per layer -> logits (L*B, 256), the new state, and what backward needs."""
+        x, new_state, tape = self.params["embed"][tokens], [], []
         for i, (layer, c0) in enumerate(zip(self.layers, state)):
-            mask = masks[i] if masks else None
-            h, c_last, *saved = sru_rt.sru_forward(h, **layer, c0=c0, dropout_mask=mask, save=save)
+            h, c_last, *saved = self.cell.forward(x, **layer, **{f"{self.cell.state}0": c0}, save=save)
+            h = h * masks[i] if masks else h
+            x = x + h if self.skips(i) else h
             new_state.append(c_last)
             tape += saved
-        h = h.reshape(-1, self.hyper["d"])
-        return h @ self.params["out_weight"] + self.params["out_bias"], new_state, (tokens, h, tape)
+        x = x.reshape(-1, self.hyper["d"])
+        return x @ self.params["out_weight"] + self.params["out_bias"], new_state, (tokens, x, tape, masks)
 
     def backward(self, dlogits, saved) -> dict:
         """The gradient for every array in `params`; the state that came in counts as a constant."""
-        tokens, h, tape = saved
-        grads = {"out_weight": h.T @ dlogits, "out_bias": dlogits.sum(0)}
-        dh = (dlogits @ self.params["out_weight"].T).reshape(*tokens.shape, -1)
+        tokens, x, tape, masks = saved
+        grads = {"out_weight": x.T @ dlogits, "out_bias": dlogits.sum(0)}
+        dx = (dlogits @ self.params["out_weight"].T).reshape(*tokens.shape, -1)
         for i in reversed(range(len(self.layers))):
-            layer_grads = sru_rt.sru_backward(tape[i], dh)
-            grads |= {f"{i}.{name}": getattr(layer_grads, name) for name in TRAINED}
-            dh = layer_grads.x
+            layer_grads = self.cell.backward(tape[i], dx * masks[i] if masks else dx)
+            grads |= {f"{i}.{name}": getattr(layer_grads, name) for name in self.cell.trained}
+            dx = dx + layer_grads.x if self.skips(i) else layer_grads.x
         # A product with the one-hot tokens adds up the rows of equal tokens, always in the same order.
-        one_hot = xp.eye(VOCAB, dtype=dh.dtype)[tokens.reshape(-1)]
-        grads["embed"] = one_hot.T @ dh.reshape(len(one_hot), -1)
+        one_hot = xp.eye(VOCAB, dtype=dx.dtype)[tokens.reshape(-1)]
+        grads["embed"] = one_hot.T @ dx.reshape(len(one_hot), -1)
         return grads
+
+    def first_state(self) -> list:
+        """What `step` begins with: for each layer the state, and the inputs that its window sees beside the newest."""
+        dtype = self.hyper["dtype"]
+        return [
+            (c, xp.zeros((layer.get("window", 1) - 1, 1, size), dtype))
+            for c, layer, size in zip(self.zero_state(1), self.layers, self.sizes)
+        ]
 
     def step(self, token: int, state: list):
         """One character and the state -> logits (256,) for the character after it, and the new state."""
-        h, new_state = self.params["embed"][token : token + 1], []
-        for layer, c in zip(self.layers, state):
-            h, c = sru_rt.sru_step(h, **layer, c=c)
-            new_state.append(c)
-        return (h @ self.params["out_weight"] + self.params["out_bias"])[0], new_state
+        x, new_state = self.params["embed"][token : token + 1], []
+        for i, (layer, (c, before)) in enumerate(zip(self.layers, state)):
+            seen = xp.concatenate([before, x[None]])
+            h, c = self.cell.step(seen if len(seen) > 1 else x, **layer, **{self.cell.state: c})
+            x = x + h if self.skips(i) else h
+            new_state.append((c, seen[1:]))
+        return (x @ self.params["out_weight"] + self.params["out_bias"])[0], new_state
 
 
 def cross_entropy(logits, targets):
@@ -154,7 +204,7 @@ def evaluate(model: Model, text: bytes, limit: int | None = None, length: int = 
 
 def sample(model: Model, prompt: bytes, N: int, temperature: float, seed: int) -> str:
     """The prompt and N characters after it, each drawn from the model's distribution and fed back in."""
-    rng, state, text = np.random.default_rng(seed), model.zero_state(1), bytearray(prompt)
+    rng, state, text = np.random.default_rng(seed), model.first_state(), bytearray(prompt)
     for i in range(len(prompt) + N - 1):
         logits, state = model.step(text[i], state)
         if i + 1 == len(text):
@@ -194,10 +244,10 @@ def learning_rate(fraction: float, peak: float) -> float:
 
 
 def dropout_masks(rng, model: Model, rate: float, B: int) -> list | None:
-    """One mask (B, 1, d) per layer, the same for all time steps of a piece."""
+    """One mask (B, d) per layer, the same for all time steps of a piece."""
     if not rate:
         return None
-    kept = [rng.random((B, 1, model.hyper["d"])) >= rate for _ in model.layers]
+    kept = [rng.random((B, model.hyper["d"])) >= rate for _ in model.layers]
     return [to_device((mask / (1 - rate)).astype(model.hyper["dtype"])) for mask in kept]
 
 
@@ -282,7 +332,7 @@ def run(args: argparse.Namespace, fail) -> int:
         f"text: {len(learn):,} characters to learn from, {len(valid):,} after them for validation\n"
         "unigram: each character coded by its frequency in the training part\n"
         "gzip: level 9, the packed size of the whole text less that of the training part\n"
-        f"model: {hyper['layers']} SRU layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
+        f"model: {hyper['layers']} {hyper['cell']} layers, d = {hyper['d']}, {size:,} parameters, {hyper['dtype']}\n"
         f"device: {where}\n"
         f"before training: {validation()}",
         flush=True,
@@ -305,7 +355,7 @@ def run(args: argparse.Namespace, fail) -> int:
 
 
 def main() -> int:
-    parser = make_parser(__doc__, MODEL_DEFAULTS)
+    parser = make_parser(__doc__, MODEL_DEFAULTS, CELLS)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     try:

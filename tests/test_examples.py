@@ -20,6 +20,8 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHAR_LM = [sys.executable, str(EXAMPLES / "char_lm.py")]
+CELLS = "sru qrnn mingru minlstm".split()
+every_cell = pytest.mark.parametrize("cell", CELLS)
 TINY = "--layers 2 --d 32 --embed 16".split()
 SHORT = "--batch 8 --length 32".split()
 FINAL = re.compile(r"^validation ([\d.]+) bits per character \(unigram ([\d.]+), gzip ([\d.]+)\)$", re.MULTILINE)
@@ -27,8 +29,8 @@ PROGRESS = r" *\d+%  step [\d,]+  [\d.]+ bits/char  [\d,]+ chars/s  \d+:\d\d lef
 BEFORE = re.compile(r"^before training: validation on a part of the text, ([\d.]+) bits", re.MULTILINE)
 
 
-def char_lm(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CHAR_LM, *options], cwd=folder, capture_output=True, text=True, timeout=120)
+def char_lm(folder: Path, *options: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CHAR_LM, *options], cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
@@ -71,11 +73,57 @@ def test_quickstart_goes_down_its_gradient(tmp_path: Path) -> None:
     assert 0 < after < before
 
 
+def test_own_cell_solves_the_adding_problem(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "own_cell.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "\n  c = f*c' + (1 - f)*uc*sigmoid(uc)\n" in result.stdout
+    constant = re.search(r"the answer 1, always, has a mean squared error of ([\d.]+)", result.stdout)
+    errors = [float(error) for error in re.findall(r"^step \d+: mean squared error ([\d.]+)$", result.stdout, re.M)]
+    assert constant and len(errors) == 6
+    assert errors[-1] < float(constant[1]) / 20
+    numbers = [float(number) for number in re.findall(r"^token \d+ is marked: ([\d.]+)$", result.stdout, re.M)]
+    answers = re.search(r"^answer by step ([\d.]+), by forward ([\d.]+), right ([\d.]+)$", result.stdout, re.M)
+    assert answers and len(numbers) == 2
+    by_step, by_forward, right = map(float, answers.groups())
+    assert right == pytest.approx(sum(numbers), abs=0.0021)  # all are printed rounded
+    assert by_step == pytest.approx(by_forward, abs=0.0021)
+    assert by_step == pytest.approx(right, abs=0.25)
+
+
 def test_training_beats_unigram(trained: tuple[float, float, str]) -> None:
     bits, unigram, output = trained
     before = BEFORE.search(output)
     assert before and float(before[1]) > unigram
     assert bits < unigram - 2  # the order of five sentences leaves well below one bit per character
+
+
+@pytest.mark.parametrize("cell", CELLS[1:])
+def test_every_cell_trains_goes_on_and_writes(folder: Path, tmp_path: Path, cell: str) -> None:
+    text = ["--text", str(folder / "text.txt")]
+    result = char_lm(tmp_path, *text, "--cell", cell, "--out", "w.npz", "--steps", "150", *TINY, *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert f"2 {cell} layers, d = 32" in result.stdout
+    final = FINAL.search(result.stdout)
+    assert final
+    assert float(final[1]) < float(final[2]) - 2
+
+    result = char_lm(tmp_path, *text, "--resume", "w.npz", "--steps", "5", "--lr", "0.001", *SHORT)
+    assert result.returncode == 0, result.stderr
+    before = BEFORE.search(result.stdout)
+    assert before and float(before[1]) < float(final[1]) + 0.2
+    result = char_lm(tmp_path, "--resume", "w.npz", "--sample", "200", "--prompt", "the quick ")
+    words = result.stdout.replace(".", " ").split()
+    assert sum(word in (folder / "text.txt").read_text() for word in words) > len(words) / 2
+
+
+@pytest.mark.slow
+@every_cell
+def test_every_cell_learns_the_standard_library(tmp_path: Path, cell: str) -> None:
+    result = char_lm(tmp_path, "--cell", cell, "--steps", "150", "--layers", "2", timeout=600)
+    assert result.returncode == 0, result.stderr
+    final = FINAL.search(result.stdout)
+    assert final and float(final[1]) < float(final[2]) - 1
 
 
 def test_progress_is_plain_lines_when_not_on_a_terminal(trained: tuple[float, float, str]) -> None:
@@ -117,7 +165,7 @@ def test_resume_goes_on(folder: Path, tmp_path: Path, trained: tuple[float, floa
     assert before and final
     assert float(before[1]) < trained[0] + 0.2
     assert float(final[1]) < trained[0] + 0.05
-    assert "2 SRU layers, d = 32" in result.stdout
+    assert "2 sru layers, d = 32" in result.stdout
     assert re.search(r"^device: (CPU \(|GPU 0, )", result.stdout, re.MULTILINE)
     old, new = weights(folder / "weights.npz"), weights(tmp_path / "more.npz")
     assert all(not np.array_equal(old[name], new[name]) for name in old)
@@ -230,6 +278,7 @@ def test_progress_bar_on_a_terminal(folder: Path, tmp_path: Path) -> None:
         ("--steps 0", ""),
         ("--minutes 0", ""),
         ("--minutes nan", ""),
+        ("--cell lstm", ""),
         ("--layers 0", ""),
         ("--d -1", ""),
         ("--embed 1.5", ""),
@@ -245,6 +294,7 @@ def test_progress_bar_on_a_terminal(folder: Path, tmp_path: Path) -> None:
         ("--temperature 0", ""),
         ("--prompt=", ""),
         ("--d 33", "--resume weights.npz"),
+        ("--cell qrnn", "--resume weights.npz"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_option(folder: Path, trained: object, option: str, others: str) -> None:
@@ -267,7 +317,9 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
 def test_help_names_every_option(tmp_path: Path) -> None:
     result = char_lm(tmp_path, "--help")
     assert result.returncode == 0, result.stderr
-    options = "text out resume steps minutes layers d embed dtype device batch length lr dropout seed sample prompt"
+    options = (
+        "text out resume steps minutes cell layers d embed dtype device batch length lr dropout seed sample prompt"
+    )
     for option in [*options.split(), "temperature"]:
         assert re.search(rf"^  --{option} ", result.stdout, re.MULTILINE), option
 
@@ -281,13 +333,14 @@ def test_divergence_saves_nothing(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_model_gradients_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_cell
+def test_model_gradients_and_step(monkeypatch: pytest.MonkeyPatch, cell: str) -> None:
     """In float64: the gradient along a random direction against a central difference, and step against forward."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import char_lm as program
 
     rng = np.random.default_rng(0)
-    model = program.Model({"layers": 2, "d": 12, "embed": 7, "dtype": "float64"}, seed=1)
+    model = program.Model({"cell": cell, "layers": 3, "d": 12, "embed": 7, "dtype": "float64"}, seed=1)
     tokens, targets = rng.integers(97, 110, (2, 9, 3)).astype(np.uint8)
     state = [rng.standard_normal(c.shape) for c in model.zero_state(3)]
     masks = program.dropout_masks(rng, model, 0.3, 3)
@@ -309,7 +362,7 @@ def test_model_gradients_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slope == pytest.approx((above - below) / (2 * size), rel=1e-6, abs=1e-8), name
 
     whole, _, _ = model.forward(tokens[:, :1], model.zero_state(1))
-    state = model.zero_state(1)
+    state = model.first_state()
     for t, token in enumerate(tokens[:, 0]):
         logits, state = model.step(int(token), state)
         np.testing.assert_allclose(logits, whole[t], rtol=1e-12, atol=1e-12)
@@ -404,10 +457,28 @@ def test_quickstart_on_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [kernel for kernel, *_ in gpu.record.launches] == ["forward", "backward", "sum_partials", "forward"]
 
 
-def test_training_on_a_gpu_is_that_on_the_cpu_and_never_waits(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_cell_on_a_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import own_cell as program
+
+    monkeypatch.setattr(program, "xp", np)  # main sets it
+    monkeypatch.setattr(program, "L", 6)
+    monkeypatch.setattr(program, "B", 3)
+    monkeypatch.setattr(program, "d", 5)
+    printed = []
+    for where in ("gpu", "cpu"):
+        monkeypatch.setattr(sys, "argv", ["own_cell.py", "--device", where, "--steps", "2"])
+        program.main()
+        printed.append(capsys.readouterr().out.partition("step 1")[2])
+    assert printed[0] == printed[1] and "answer by step" in printed[0]
+
+
+@every_cell
+def test_training_on_a_gpu_is_that_on_the_cpu_and_never_waits(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, cell: str
+) -> None:
     import char_lm as program
 
-    hyper = {"layers": 2, "d": 12, "embed": 7, "dtype": "float32"}
+    hyper = {"cell": cell, "layers": 2, "d": 12, "embed": 7, "dtype": "float32"}
     text = np.random.default_rng(0).integers(97, 110, 60).astype(np.uint8).tobytes()
 
     def three_steps(xp: Any) -> dict[str, np.ndarray]:
