@@ -53,8 +53,8 @@ class Cell(NamedTuple):
     residual: bool = False  # whether the model adds a layer's input to its output, as the cell has no skip
 
 
-# SRU's bias lets every layer begin near its skip, so that gradients reach the lowest one. A bias of 1 for the forget gates
-# of minGRU and minLSTM made learning slower here.
+# SRU's bias lets every layer begin near its skip, so that gradients reach the lowest one. A forget bias of 1 made
+# minGRU and minLSTM learn more slowly here.
 CELLS = {
     "sru": Cell(
         sru_rt.sru_init, sru_rt.sru_forward, sru_rt.sru_backward, sru_rt.sru_step,
