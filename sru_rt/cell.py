@@ -13,6 +13,7 @@ from typing import Any
 from . import graph
 from .errors import StepError
 from .graph import Graph, Node
+from .simplify import simplify
 
 KINDS = ("gates", "inputs", "per_sequence", "params", "state", "constants")
 
@@ -202,12 +203,15 @@ def _trace(cell: Cell) -> Formula:
 
     seeds = [table.input(adjoint_of(name)) for name in cell.state] + [table.input(ADJOINT_OF_H)]
     wanted = [name for kind in KINDS[:-1] for name in cell.of_kind(kind)]
-    gradient, adjoint = graph.differentiate(outputs, seeds, [leaves[name] for name in wanted])
+    derived, adjoint = graph.differentiate(outputs, seeds, [leaves[name] for name in wanted])
+    simpler = simplify(derived, outputs)
     gradient_names = dict(names)
     for node, name in names.items():
-        if node in adjoint and adjoint[node].op not in graph.LEAVES:
-            gradient_names.setdefault(adjoint[node], f"d{name}")
-    return Formula(leaves, tuple(outputs[:-1]), outputs[-1], names, dict(zip(wanted, gradient)), gradient_names)
+        found = simpler.get(adjoint[node]) if node in adjoint else None
+        if found is not None and found.op not in graph.LEAVES:
+            gradient_names.setdefault(found, f"d{name}")
+    gradient = {name: simpler[node] for name, node in zip(wanted, derived)}
+    return Formula(leaves, tuple(outputs[:-1]), outputs[-1], names, gradient, gradient_names)
 
 
 def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, Any]]:

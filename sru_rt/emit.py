@@ -12,6 +12,7 @@ from math import isfinite
 from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
 from .errors import StepError
 from .graph import COMPARISONS, FUNCTIONS, LEAVES, Node, topological
+from .simplify import is_complement
 
 _ARRAYS = dict(zip(KINDS, ("gate", "input", "per_sequence", "param", "state", "constant")))
 _CPP_WORDS = (
@@ -38,12 +39,24 @@ _INFIX = {"+": _SUM, "-": _SUM, "*": _PRODUCT, "/": _PRODUCT, **dict.fromkeys(CO
 class _Block:
     """Straight-line code for some nodes: one line for each value that has a name or is used more than once."""
 
-    def __init__(self, outputs: Iterable[Node], names: Mapping[Node, str], leaf_names: Mapping[str, str], cpp: bool):
+    def __init__(
+        self,
+        outputs: Iterable[Node],
+        names: Mapping[Node, str],
+        leaf_names: Mapping[str, str],
+        cpp: bool,
+        fuse_more: bool = False,
+    ):
+        """`fuse_more` is for the gradient: fewer operations count for more there than every name of the step."""
         self.cpp = cpp
         self.order = topological(outputs)
         self.uses = Counter(a for node in self.order for a in node.args if isinstance(a, Node))
         self.uses.update(outputs)
         self.wanted = names
+        self.complement: dict[Node, tuple[Node, Node]] = {}
+        if fuse_more:
+            self._fuse_complements()
+            self._drop_names()
         self.taken = set(leaf_names.values()) | (_CPP_WORDS if cpp else set())
         self.text: dict[Node, tuple[str, int]] = {}
         self.leaf_names = leaf_names
@@ -53,6 +66,32 @@ class _Block:
 
     def __getitem__(self, node: Node) -> str:
         return self.text[node][0]
+
+    def _fuse_complements(self) -> None:
+        """x*(1 - y) is one fma(-x, y, x), wherever 1 - y then need not be computed."""
+        found: dict[Node, list[Node]] = {}
+        for product in self.order:
+            factor = next(filter(is_complement, reversed(product.args)), None) if product.op == "*" else None
+            if factor is not None:
+                found.setdefault(factor, []).append(product)
+        for factor, products in found.items():
+            y = factor.args[1]
+            if self.uses[factor] > len(products) or (y.op == "*" and self.uses[y] == 1):
+                continue
+            for product in products:
+                x = next(a for a in product.args if a is not factor)
+                self.complement[product] = x, y
+                self.uses[x] += 1
+                self.uses[y] += 1
+            self.uses[factor] = 0
+
+    def _drop_names(self) -> None:
+        """Those of what is fused, and so is on no line of its own."""
+        fused = {factor for product in self.complement for factor in product.args if self.uses[factor] == 0}
+        for node in self.order:
+            if node.op in ("+", "-"):
+                fused.update(a for a in node.args if a.op == "*" and self.uses[a] == 1 and a not in self.complement)
+        self.wanted = {node: name for node, name in self.wanted.items() if node not in fused}
 
     def _add(self, node: Node) -> None:
         expression = self._expression(node)
@@ -82,6 +121,9 @@ class _Block:
             if not isfinite(args[0]):
                 raise StepError(f"a step function uses the constant {args[0]}; constants must be finite")
             return (f"real({args[0]!r})", _ATOM) if self.cpp else (f"{args[0]:g}", _ATOM if args[0] >= 0 else _UNARY)
+        if node in self.complement:
+            x, y = self.complement[node]
+            return f"fma(-{self._operand(x, _UNARY)}, {self[y]}, {self[x]})", _ATOM
         if op in ("+", "-") and self.cpp:
             fused = self._fused(node)
             if fused:
@@ -111,7 +153,7 @@ class _Block:
         return None
 
     def _only_here(self, node: Node) -> bool:
-        return node.op == "*" and self.uses[node] == 1 and node not in self.wanted
+        return node.op == "*" and self.uses[node] == 1 and node not in self.wanted and node not in self.complement
 
     def _factors(self, product: Node, negative: bool = False) -> str:
         a, b = product.args
@@ -232,7 +274,10 @@ def _step_function(cell: Cell) -> list[str]:
 
 def _gradient_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
-    block = _Block(list(f.gradient.values()), f.gradient_names, names, cpp=True)
+    wanted = dict(f.gradient_names)
+    for name in (*cell.gates, *cell.inputs):
+        wanted.setdefault(f.gradient[name], f"d{name}")
+    block = _Block(list(f.gradient.values()), wanted, names, cpp=True, fuse_more=True)
     used = {node.args[0] for node in block.order if node.op == "input"}
     states = [(adjoint_of(n), f"dnew_state[{i}]") for i, n in enumerate(cell.state)]
     adjoints = [f"{names[n]} = {text}" for n, text in [*states, (ADJOINT_OF_H, "*dnew_h")] if n in used]

@@ -281,6 +281,21 @@ def _where(condition: Node, a: Node, b: Node) -> Node:
     return a if a is b else a.graph.node("where", condition, a, b)
 
 
+_FOLDING: dict[str, Callable[..., Node]] = {
+    "+": _add,
+    "-": _sub,
+    "*": _mul,
+    "/": _div,
+    "neg": _neg,
+    "where": _where,
+}
+
+
+def rebuilt(op: str, args: Sequence[Node]) -> Node:
+    """A node made anew of other arguments, folded like every other."""
+    return _FOLDING[op](*args) if op in _FOLDING else args[0].graph.node(op, *args)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The functions that a step function may call
 

@@ -157,7 +157,7 @@ def test_text_reads_like_the_step_function():
         "    const real dc_next = dnew_state[0], dh = *dnew_h;",
     ):
         assert line in lines, f"missing: {line}"
-    for start in ("const real dc = ", "const real ddecay = ", "dgate[0] = ", "dparam[0] = ", "dstate[0] = "):
+    for start in ("const real dc = ", "const real da = ", "dgate[0] = da;", "dparam[0] = da;", "dstate[0] = "):
         assert any(line.strip().startswith(start) for line in lines), f"no line starts with {start}"
 
 
@@ -168,7 +168,7 @@ def test_names_of_the_equation_are_kept(options):
     forward, gradient = text.split("SRU_FN void gradient")
     for name in ("f", "c", "skip", "r"):
         assert re.search(rf"\n    const real {name} = ", forward), name
-    for name in ("df", "dc", "dr", "dskip"):
+    for name in ("dc", "dskip", "du0", "duf", "dur"):
         assert re.search(rf"\n    const real {name} = ", gradient), name
     for name in cell.names:
         assert re.search(rf"\b{name}(_prev)? = (gate|input|per_sequence|param|state|constant)\[\d+\]", forward), name
@@ -529,7 +529,7 @@ def test_gradient_is_as_lean_as_one_written_by_hand():
     }
     hand: dict[str, Node] = hand_written_adjoint(**arguments)
     assert operations(hand.values()) == 34
-    assert operations(formula.gradient.values()) <= operations(hand.values()) + 2
+    assert operations(formula.gradient.values()) <= operations(hand.values())
 
     rng = np.random.default_rng(0)
     values = {name: rng.normal(size=40) for name in [*cell.names, *extra]}
@@ -540,7 +540,10 @@ def test_gradient_is_as_lean_as_one_written_by_hand():
 
 
 def test_text_holds_each_operation_of_the_graph_once():
-    """fma() is two operations; signs, which it may need where the graph subtracts, are left out."""
+    """fma() is two operations, and x*(1 - y) is one, in which y is taken from 1 once more.
+
+    Signs, which fma() may need where the graph subtracts, are left out.
+    """
     for options in (
         Options(),
         Options(activation="tanh"),
@@ -554,4 +557,6 @@ def test_text_holds_each_operation_of_the_graph_once():
             infix = len(re.findall(r" [+*/-] ", text))
             calls = len(re.findall(r"\b(?:sigmoid|tanh)\(", text))
             signs = sum(node.op == "neg" for node in topological(outputs))
-            assert infix + calls + 2 * text.count("fma(") == operations(outputs) - signs, cell.name
+            complements = re.findall(r"fma\(-(\w+), (\w+), \1\)", text)
+            repeated = len(complements) - len({y for _, y in complements})
+            assert infix + calls + 2 * text.count("fma(") == operations(outputs) - signs + repeated, cell.name

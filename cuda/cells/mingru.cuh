@@ -33,16 +33,15 @@ struct mingru_cell {
     const real h_prev = state[0];
     const real dh_next = dnew_state[0], dh = *dnew_h;
     const real dh2 = dh_next + dh;
-    const real n = un + b_n;
-    const real dz = fma(dh2, n, -(dh2 * h_prev));
     const real z = sigmoid(uz + b_z);
-    const real t1 = real(1.0) - z;
-    const real t2 = dz * (z * t1);
+    const real t1 = fma(-dh2, z, dh2);
+    const real n = un + b_n;
+    const real duz = t1 * (n - h_prev) * z;
     const real dn = dh2 * z;
-    dgate[0] = t2;
+    dgate[0] = duz;
     dgate[1] = dn;
-    dparam[0] = t2;
+    dparam[0] = duz;
     dparam[1] = dn;
-    dstate[0] = dh2 * t1;
+    dstate[0] = t1;
   }
 };

@@ -35,16 +35,14 @@ struct qrnn_f_cell {
     const real dc_next = dnew_state[0], dh = *dnew_h;
     const real dc = dc_next + dh;
     const real f = sigmoid(uf + b_f);
-    const real t1 = real(1.0) - f;
-    const real dz = dc * t1;
+    const real dz = fma(-dc, f, dc);
     const real z = tanh(uz + b_z);
-    const real t2 = dz * fma(-z, z, real(1.0));
-    const real df = fma(dc, c_prev, -(dc * z));
-    const real t3 = df * (f * t1);
-    dgate[0] = t2;
-    dgate[1] = t3;
-    dparam[0] = t2;
-    dparam[1] = t3;
+    const real duz = dz * fma(-z, z, real(1.0));
+    const real duf = dz * (c_prev - z) * f;
+    dgate[0] = duz;
+    dgate[1] = duf;
+    dparam[0] = duz;
+    dparam[1] = duf;
     dstate[0] = dc * f;
   }
 };

@@ -33,12 +33,11 @@ struct sru_basic_no_v_cell {
     const real dc_next = dnew_state[0], dh = *dnew_h;
     const real dc = dc_next + dh;
     const real f = sigmoid(uf + b_f);
-    const real t1 = real(1.0) - f;
-    const real df = fma(dc, c_prev, -(dc * u0));
-    const real t2 = df * (f * t1);
-    dgate[0] = dc * t1;
-    dgate[1] = t2;
-    dparam[0] = t2;
+    const real du0 = fma(-dc, f, dc);
+    const real duf = du0 * (c_prev - u0) * f;
+    dgate[0] = du0;
+    dgate[1] = duf;
+    dparam[0] = duf;
     dstate[0] = dc * f;
   }
 };

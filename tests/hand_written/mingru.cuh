@@ -1,0 +1,44 @@
+// The gradient of mingru, derived and arranged by hand; step() is the emitted one.
+//
+//   z = sigmoid(uz + b_z)
+//   n = un + b_n
+//   h = (1 - z)*h' + z*n
+//
+// h = h' + z*(n - h'): neither h nor 1 - z is needed.
+#pragma once
+
+struct mingru_cell {
+  static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 2, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], un = gate[1];
+    const real b_z = param[0], b_n = param[1];
+    const real h_prev = state[0];
+    const real z = sigmoid(uz + b_z);
+    const real n = un + b_n;
+    const real h = fma(real(1.0) - z, h_prev, z * n);
+    new_state[0] = h;
+    *new_h = h;
+  }
+
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real h_prev = state[0];
+    const real z = sigmoid(gate[0] + param[0]);
+    const real n = gate[1] + param[1];
+    const real dh = dnew_state[0] + *dnew_h;
+    const real dn = dh * z;
+    const real dh_prev = fma(-dh, z, dh);
+    const real duz = dh_prev * (n - h_prev) * z;
+    dgate[0] = duz;
+    dgate[1] = dn;
+    dparam[0] = duz;
+    dparam[1] = dn;
+    dstate[0] = dh_prev;
+  }
+};

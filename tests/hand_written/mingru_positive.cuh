@@ -1,0 +1,49 @@
+// The gradient of mingru_positive, derived and arranged by hand; step() is the emitted one.
+//
+//   z = sigmoid(uz + b_z)
+//   t1 = un + b_n
+//   n = where(t1 >= 0, t1 + 0.5, sigmoid(t1))
+//   h = (1 - z)*h' + z*n
+//
+// As mingru.cuh; the candidate's derivative is 1, or s*(1 - s) below 0.
+#pragma once
+
+struct mingru_positive_cell {
+  static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 2, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], un = gate[1];
+    const real b_z = param[0], b_n = param[1];
+    const real h_prev = state[0];
+    const real z = sigmoid(uz + b_z);
+    const real t1 = un + b_n;
+    const real n = where(t1 >= real(0.0), t1 + real(0.5), sigmoid(t1));
+    const real h = fma(real(1.0) - z, h_prev, z * n);
+    new_state[0] = h;
+    *new_h = h;
+  }
+
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real h_prev = state[0];
+    const real z = sigmoid(gate[0] + param[0]);
+    const real a = gate[1] + param[1], s = sigmoid(a);
+    const real n = where(a >= real(0.0), a + real(0.5), s);
+    const real dh = dnew_state[0] + *dnew_h;
+    const real dn = dh * z;
+    const real dh_prev = fma(-dh, z, dh);
+    const real duz = dh_prev * (n - h_prev) * z;
+    const real q = dn * s;
+    const real dun = where(a >= real(0.0), dn, fma(-q, s, q));
+    dgate[0] = duz;
+    dgate[1] = dun;
+    dparam[0] = duz;
+    dparam[1] = dun;
+    dstate[0] = dh_prev;
+  }
+};

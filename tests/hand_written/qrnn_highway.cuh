@@ -1,0 +1,58 @@
+// The gradient of qrnn_highway, derived and arranged by hand; step() is the emitted one.
+//
+//   f = sigmoid(uf + b_f)
+//   z = tanh(uz + b_z)
+//   c = f*c' + (1 - f)*z
+//   out = sigmoid(uo + b_o)
+//   h = x + (c - x)*out
+//
+// As qrnn.cuh, with h = x + o*(c - x).
+#pragma once
+
+struct qrnn_highway_cell {
+  static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr bool affine = true;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real uz = gate[0], uf = gate[1], uo = gate[2];
+    const real x = input[0];
+    const real b_z = param[0], b_f = param[1], b_o = param[2];
+    const real c_prev = state[0];
+    const real f = sigmoid(uf + b_f);
+    const real z = tanh(uz + b_z);
+    const real c = fma(f, c_prev, (real(1.0) - f) * z);
+    const real out = sigmoid(uo + b_o);
+    const real h = fma(c - x, out, x);
+    new_state[0] = c;
+    *new_h = h;
+  }
+
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real x = input[0], dh = *dnew_h;
+    const real z = tanh(gate[0] + param[0]);
+    const real f = sigmoid(gate[1] + param[1]);
+    const real o = sigmoid(gate[2] + param[2]);
+    const real change = state[0] - z;
+    const real c = fma(f, state[0], fma(-z, f, z));
+    const real through_o = dh * o;
+    const real dc = dnew_state[0] + through_o;
+    const real dz = fma(-dc, f, dc);
+    const real duz = fma(-dz * z, z, dz);
+    const real duf = dz * change * f;
+    const real q = through_o * (c - x);
+    const real duo = fma(-q, o, q);
+    dgate[0] = duz;
+    dgate[1] = duf;
+    dgate[2] = duo;
+    dinput[0] = dh - through_o;
+    dparam[0] = duz;
+    dparam[1] = duf;
+    dparam[2] = duo;
+    dstate[0] = dc * f;
+  }
+};

@@ -1,0 +1,59 @@
+// The gradient of sru, derived and arranged by hand; step() is the emitted one.
+//
+//   f = sigmoid(uf + b_f + v_f*c')
+//   c = f*c' + (1 - f)*u0
+//   skip = alpha*x
+//   r = sigmoid(ur + b_r + v_r*c')
+//   h = skip + (c - skip)*r
+//
+// s*(1 - s) is never formed: dc*(1 - f) and dh*r, which are needed beside it, are parts of what it is multiplied by.
+// x*(1 - y) is one fma. (c = u0 + f*(c' - u0) would take one operation less, and lose a small c' beside a large u0.)
+#pragma once
+
+struct sru_cell {
+  static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 1;
+  static constexpr bool affine = false;
+
+  template <class real>
+  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
+                   const real *state, const real *constant, real *new_state, real *new_h) {
+    const real u0 = gate[0], uf = gate[1], ur = gate[2];
+    const real x = input[0];
+    const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
+    const real c_prev = state[0];
+    const real alpha = constant[0];
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real skip = alpha * x;
+    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real h = fma(c - skip, r, skip);
+    new_state[0] = c;
+    *new_h = h;
+  }
+
+  template <class real>
+  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+    const real x = input[0], c_prev = state[0], alpha = constant[0], dh = *dnew_h;
+    const real f = sigmoid(fma(param[2], c_prev, gate[1] + param[0]));
+    const real r = sigmoid(fma(param[3], c_prev, gate[2] + param[1]));
+    const real change = c_prev - gate[0];
+    const real c = fma(f, c_prev, fma(-gate[0], f, gate[0]));
+    const real through_r = dh * r;
+    const real dc = dnew_state[0] + through_r;
+    const real du0 = fma(-dc, f, dc);
+    const real duf = du0 * change * f;
+    const real q = through_r * fma(-alpha, x, c);
+    const real dur = fma(-q, r, q);
+    dgate[0] = du0;
+    dgate[1] = duf;
+    dgate[2] = dur;
+    dinput[0] = (dh - through_r) * alpha;
+    dparam[0] = duf;
+    dparam[1] = dur;
+    dparam[2] = duf * c_prev;
+    dparam[3] = dur * c_prev;
+    dstate[0] = fma(duf, param[2], fma(dur, param[3], dc * f));
+  }
+};
