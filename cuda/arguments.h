@@ -24,6 +24,8 @@ struct RecurrenceArguments {
   Slot per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
   const void *c0[Cell::n_state];
   double constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
+  index_t chunk;  // on a GPU, steps of a chunk of time; 0: one thread takes all steps
+  void *carry;    // scratch, (chunks - 1, n*(n + 1), B, D, d) for n states, where there are chunks; see gpu_scan.h
 };
 
 template <class Cell>
@@ -35,7 +37,8 @@ struct ForwardArguments {
 };
 
 // Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the
-// state while the sweep runs.
+// state while the sweep runs. Where there are chunks, those after the first have rows of `partial` of their own, and
+// each has min(every, chunk) rows of `states`.
 template <class Cell>
 struct BackwardArguments {
   RecurrenceArguments<Cell> given;
@@ -43,7 +46,7 @@ struct BackwardArguments {
   const void *dc_last[Cell::n_state];  // null: zeros
   const void *saved[Cell::n_state];
   void *states[Cell::n_state];  // scratch, (every, B, D, d), where every > 1
-  Slot partial;                 // scratch for sums over time, rows (b, q, param)
+  Slot partial;                 // scratch for sums over time, rows (b, q, param); of chunks (chunk, b, q, param)
   Slot dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
   Slot dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
   void *dc0[Cell::n_state];
