@@ -17,7 +17,7 @@ struct Slot {
 template <class Cell>
 struct RecurrenceArguments {
   index_t L, B, D, d;
-  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction; 0: not at all
+  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction (and chunk); 0: not at all
   const index_t *lengths;
   const unsigned char *mask, *reset;
   Slot gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
@@ -33,12 +33,13 @@ struct ForwardArguments {
   RecurrenceArguments<Cell> given;
   void *h;                      // (L, B, D, d)
   void *c_last[Cell::n_state];  // (D, B, d)
-  void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes
+  void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes; of chunks of
+                                // time, ceil(chunk/every) rows each
 };
 
 // Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the
-// state while the sweep runs. Where there are chunks, those after the first have rows of `partial` of their own, and
-// each has min(every, chunk) rows of `states`.
+// state while the sweep runs. Where there are chunks of time, `partial` has rows (chunk, b, q, param, then
+// per-sequence value), and `states` is (chunks, min(every, chunk), B, D, d).
 template <class Cell>
 struct BackwardArguments {
   RecurrenceArguments<Cell> given;
@@ -46,8 +47,9 @@ struct BackwardArguments {
   const void *dc_last[Cell::n_state];  // null: zeros
   const void *saved[Cell::n_state];
   void *states[Cell::n_state];  // scratch, (every, B, D, d), where every > 1
-  Slot partial;                 // scratch for sums over time, rows (b, q, param); of chunks (chunk, b, q, param)
+  Slot partial;                 // scratch for sums over time, rows (b, q, param)
   Slot dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
   Slot dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
   void *dc0[Cell::n_state];
+  index_t saved_chunk;  // `chunk` of the forward
 };

@@ -68,6 +68,7 @@ class Backward(NamedTuple):
     dper_sequence: Sequence[Slot]
     dparams: Sequence[Slot]
     dc0: Sequence[int]
+    saved_chunk: int = 0
 
 
 def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
@@ -79,7 +80,7 @@ def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
         b = arguments
         values += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
         values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
-        values += b.dc0
+        values += [*b.dc0, b.saved_chunk]
     return layout(cell, isinstance(arguments, Forward)).pack(*values)
 
 
@@ -92,7 +93,7 @@ def layout(cell: Cell, forward: bool) -> struct.Struct:
     given = f"{8 + integers + states}q{max(1, len(cell.constants))}d2q"
     if forward:
         return struct.Struct(f"={given}{1 + 2 * states}q")
-    return struct.Struct(f"={given}{3 + 3 * states + integers + states}q")
+    return struct.Struct(f"={given}{3 + 3 * states + integers + states + 1}q")
 
 
 def _given(g: Given) -> list[int | float]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from . import abi
 from .cell import Cell
 from .dtypes import state_dtype
-from .plan import ITEMSIZE, Device, Plan, plan
+from .plan import Device, Plan, plan
+from .traffic import ITEMSIZE
 from .variant import Variant
 
 _ADDRESS = 512  # any, aligned as memory of CuPy is

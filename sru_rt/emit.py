@@ -23,8 +23,8 @@ _CPP_WORDS = (
         "or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert "
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
-        "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where new_state "
-        "new_h NULL".split()
+        "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where "
+        "new_state new_h NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -239,7 +239,6 @@ def _jacobian_function(cell: Cell) -> list[str]:
     if not f.jacobian:
         return []
     block = _Block(f.jacobian, f.names, names, cpp=True)
-    n = len(cell.state)
     return [
         "",
         "  // The derivatives of the new states by the states, row by row.",

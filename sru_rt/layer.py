@@ -202,6 +202,7 @@ def forward(
         mask=mask,
         reset=reset,
         library=library,
+        time_parallel=options.time_parallel,
     )
     h = None if h is None else h.reshape(L, B, D, d)
     h, states_last, states = recurrence.forward(operands, every, kept_dtype, h, [c_last])

@@ -16,7 +16,7 @@ from typing import Any
 
 from sru_rt import abi, compile_gpu
 from sru_rt.cell import Cell
-from sru_rt.plan import ITEMSIZE
+from sru_rt.traffic import ITEMSIZE
 
 WHEELS = {12: "nvidia-cuda-nvrtc-cu12==12.9.*", 13: "nvidia-cuda-nvrtc==13.*"}
 

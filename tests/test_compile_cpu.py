@@ -737,7 +737,7 @@ def numbered(counts: tuple[int, ...], forward: bool) -> tuple[Any, list[int]]:
     else:
         own = {"dh": next(number), "dc_last": take(state), "saved": take(state), "states": take(state)}
         own |= {"partial": abi.Slot(next(number), next(number))} | {f"d{kind}": slots(n) for kind, n in kinds.items()}
-        arguments = abi.Backward(given=given, **own, dc0=take(state))
+        arguments = abi.Backward(given=given, **own, dc0=take(state), saved_chunk=next(number))
     return arguments, list(range(1, next(number)))
 
 

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 
 from nvrtc import arguments
-from sru_rt import launch_gpu, plan, source
+from sru_rt import launch_gpu, plan, source, traffic
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
@@ -47,7 +47,7 @@ def made(dtype="float32", sizes=USUAL, device=H200, cell=SRU, **options) -> Plan
 
 def ring_registers(cell: Cell, dtype: str, p: Plan, wide: int = 0) -> int:
     """Of one thread: what the C++ keeps of a row that is read ahead, with two 16-bit channels in one register."""
-    item, state = plan.ITEMSIZE[dtype], plan.ITEMSIZE[state_dtype(dtype)]
+    item, state = traffic.ITEMSIZE[dtype], traffic.ITEMSIZE[state_dtype(dtype)]
     items = [item] * len(cell.gates) + [state if wide >> i & 1 else item for i in range(len(cell.inputs))]
     if not p.forward:
         items += [item] + [state] * len(cell.state)
@@ -94,7 +94,7 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
         assert not p.scratch_in_shared and shared == 0
     else:
         assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
-        assert shared == p.scratch_in_shared * every * p.threads * p.width * plan.ITEMSIZE[state_dtype(dtype)]
+        assert shared == p.scratch_in_shared * every * p.threads * p.width * traffic.ITEMSIZE[state_dtype(dtype)]
 
 
 @pytest.mark.parametrize("forward", [True, False])

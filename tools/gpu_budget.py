@@ -30,6 +30,7 @@ from sru_rt.cell import ADJOINT_OF_H, Cell, adjoint_of  # noqa: E402
 from sru_rt.cells import named_cells  # noqa: E402
 from sru_rt.dtypes import state_dtype  # noqa: E402
 from sru_rt.graph import Node  # noqa: E402
+from sru_rt.traffic import ITEMSIZE, replayed  # noqa: E402
 from sru_rt.variant import Variant  # noqa: E402
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
@@ -124,7 +125,7 @@ def sweeps(variant: Variant, made: plan.Plan) -> list[tuple[int, int]]:
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
     found = [(made.depth, inputs + (0 if made.forward else 1 + states))]
     if made.keep > 1 and not made.forward:
-        found.append((made.replay_depth, len(plan.replayed(variant))))
+        found.append((made.replay_depth, len(replayed(variant))))
     return found
 
 
@@ -152,7 +153,7 @@ OPERATION, SPECIAL_OPERATION = 4, 20
 
 def traffic(cell: Cell, dtype: str, forward: bool, every: int) -> tuple[float, float]:
     """Bytes that are read and written for one channel and step, each array once."""
-    item, state = plan.ITEMSIZE[dtype], plan.ITEMSIZE[state_dtype(dtype)]
+    item, state = ITEMSIZE[dtype], ITEMSIZE[state_dtype(dtype)]
     steps = len(cell.gates) + len(cell.inputs)
     kept = len(cell.state) * state / every if every else 0
     if forward:

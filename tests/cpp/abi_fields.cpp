@@ -37,7 +37,7 @@ struct Fields {
     add(f.partial);
     add(f.dgate, Cell::n_gates), add(f.dinput, Cell::n_inputs);
     add(f.dper_sequence, Cell::n_per_sequence), add(f.dparam, Cell::n_params);
-    add(f.dc0, Cell::n_state);
+    add(f.dc0, Cell::n_state), add(f.saved_chunk);
   }
 };
 
