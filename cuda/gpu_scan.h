@@ -119,13 +119,13 @@ struct GpuScan {
     SRU_MEMBER void advance(index_t) {}
   };
 
-  template <bool reverse>
+  template <int depth, int replay_depth, bool reverse>
   SRU_FN void go_back(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
                       ReduceBack<reverse> &work) {
     if constexpr (Plan::keep == 1 || !Plan::reduce_reads_state)
-      Sweep::template backward_from_saved<Plan::reduce_depth>(f, at, span, work);
+      Sweep::template backward_from_saved<depth>(f, at, span, work);
     else
-      Sweep::template backward_from_pieces<Plan::reduce_depth>(f, at, span, fixed, work);
+      Sweep::template backward_from_pieces<depth, replay_depth>(f, at, span, fixed, work);
   }
 
   template <bool reverse>
@@ -148,7 +148,7 @@ struct GpuScan {
     const Span<reverse> span(f.given, at, blockIdx.z + 1);
     const Fixed fixed(f.given, at, reverse);
     ReduceBack<reverse> work = {fixed, {}};
-    go_back(f, at, span, fixed, work);
+    go_back<Plan::reduce_depth, Plan::replay_depth>(f, at, span, fixed, work);
     work.sum.write(f.given, at, reverse, blockIdx.z);
   }
 
@@ -215,6 +215,7 @@ struct GpuScan {
 
   static constexpr int words = Sweep::carry_rows * width * int(sizeof(acc)) / 4;
   static constexpr int fold_depth = words > 4 ? 64 / words : 16;
+  static constexpr int slow_depth = 4;  // of what is seldom run
 
   // `from_start(chunk, state)` takes a state over a chunk, step by step. Chunks are counted from the one that comes
   // first on the way, upwards or downwards.
@@ -257,7 +258,7 @@ struct GpuScan {
     fold_chunks<true>(a, at, reverse, start, [&](index_t chunk, real *state) {
       const Span<reverse> span(a, at, chunk);
       const Fixed fixed(a, at, reverse);
-      Sweep::template pass<Plan::reduce_depth>(a, at, span, fixed, span.begin, span.end, state);
+      Sweep::template pass<slow_depth>(a, at, span, fixed, span.begin, span.end, state);
     });
   }
 
@@ -273,7 +274,7 @@ struct GpuScan {
       const Fixed fixed(a, at, reverse);
       ReduceBack<reverse> work = {fixed, {}};
       for (int i = 0; i < n; i++) work.sum.b[i] = dstate[i];
-      go_back(f, at, span, fixed, work);
+      go_back<slow_depth, slow_depth>(f, at, span, fixed, work);
       for (int i = 0; i < n; i++) dstate[i] = work.sum.b[i];
     });
   }

@@ -554,7 +554,7 @@ struct GpuSweep {
   // Piece by piece, last piece first: recomputes the states from the one that was kept, then goes back over the piece.
   // The one before a span's first steps may have been kept before the span. Pieces begin anew with each chunk of the
   // forward, as this began with a state that is not, to the last bit, what the steps before it lead to.
-  template <int depth, bool reverse, class Work>
+  template <int depth, int replay_depth, bool reverse, class Work>
   SRU_FN void backward_from_pieces(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
                                    const Fixed &fixed, Work &work) {
     const Given &a = f.given;
@@ -573,9 +573,9 @@ struct GpuSweep {
       Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++)
         replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy));
-      if constexpr (Plan::parallel) pass<Plan::replay_depth>(a, at, span, fixed, kept, first, replay.state);
+      if constexpr (Plan::parallel) pass<replay_depth>(a, at, span, fixed, kept, first, replay.state);
       Reader<reverse, !reverse> forwards(a, at, span.time(first));
-      sweep<Plan::replay_depth>(forwards, n, replay);
+      sweep<replay_depth>(forwards, n, replay);
 
       const index_t t = span.time(last - 1);
       BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
@@ -598,7 +598,7 @@ struct GpuSweep {
     if constexpr (Plan::keep == 1)
       backward_from_saved<Plan::depth>(f, at, span, work);
     else
-      backward_from_pieces<Plan::depth>(f, at, span, fixed, work);
+      backward_from_pieces<Plan::depth, Plan::replay_depth>(f, at, span, fixed, work);
     work.finish(f, at, span);
     work.pad(f, at, span);
   }

@@ -49,26 +49,27 @@ TOGETHER = ("D", "layout", "save")
 
 @functools.cache
 def covering(strength: int) -> list[dict[str, Any]]:
-    """Rows in which every choice of `strength` factors takes every combination of values, and so do those of TOGETHER.
+    """Rows of the matrix, in which the values of TOGETHER meet as well."""
+    return covering_rows(MATRIX, [*itertools.combinations(MATRIX, strength), TOGETHER])
 
-    Greedy, but always the same.
-    """
-    groups = [*itertools.combinations(MATRIX, strength), TOGETHER]
+
+def covering_rows(matrix: Mapping[str, Sequence[Any]], groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Rows in which the factors of each group take every combination of values. Greedy, but always the same."""
     missing = {
         tuple(zip(group, values)): None  # in order, unlike a set
         for group in groups
-        for values in itertools.product(*(MATRIX[name] for name in group))
+        for values in itertools.product(*(matrix[name] for name in group))
     }
     rows = []
     while missing:
         row = dict(next(iter(missing)))
-        for name in MATRIX:
+        for name in matrix:
             if name not in row:
                 with_it = [group for group in groups if name in group and row.keys() | {name} >= set(group)]
-                row[name] = max(MATRIX[name], key=lambda value: _gain(row | {name: value}, with_it, missing))
+                row[name] = max(matrix[name], key=lambda value: _gain(row | {name: value}, with_it, missing))
         for group in groups:
             missing.pop(tuple((name, row[name]) for name in group), None)
-        rows.append({name: row[name] for name in MATRIX})
+        rows.append({name: row[name] for name in matrix})
     return rows
 
 
