@@ -358,7 +358,7 @@ def test_steps_that_cannot_be_composed_stay_sequential():
         ((16384, 1, 2, 512), 128),
         ((65536, 8, 1, 1024), 1024),
         ((2048, 1, 1, 1024), 64),
-        ((1 << 27, 1, 1, 1), 2048),  # a grid holds no more than 65535 chunks
+        ((1 << 27, 1, 1, 1), 4096),  # a grid holds no more than 65535 chunks
         ((1, 1, 1, 8), 0),
         ((0, 1, 1, 8), 0),
         ((500, 0, 1, 8), 0),
