@@ -17,13 +17,15 @@ struct Slot {
 template <class Cell>
 struct RecurrenceArguments {
   index_t L, B, D, d;
-  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction; 0: not at all
+  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction (and chunk); 0: not at all
   const index_t *lengths;
   const unsigned char *mask, *reset;
   Slot gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
   Slot per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
   const void *c0[Cell::n_state];
   double constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
+  index_t chunk;  // on a GPU, steps of a chunk of time; 0: one thread takes all steps
+  void *carry;    // scratch, (chunks - 1, n*(n + 1), B, D, d) for n states, where there are chunks; see gpu_scan.h
 };
 
 template <class Cell>
@@ -31,11 +33,13 @@ struct ForwardArguments {
   RecurrenceArguments<Cell> given;
   void *h;                      // (L, B, D, d)
   void *c_last[Cell::n_state];  // (D, B, d)
-  void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes
+  void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes; of chunks of
+                                // time, ceil(chunk/every) rows each
 };
 
 // Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the
-// state while the sweep runs.
+// state while the sweep runs. Where there are chunks of time, `partial` has rows (chunk, b, q, param, then
+// per-sequence value), and `states` is (chunks, min(every, chunk), B, D, d).
 template <class Cell>
 struct BackwardArguments {
   RecurrenceArguments<Cell> given;
@@ -47,4 +51,5 @@ struct BackwardArguments {
   Slot dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
   Slot dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
   void *dc0[Cell::n_state];
+  index_t saved_chunk;  // `chunk` of the forward
 };

@@ -19,8 +19,13 @@ struct GpuSweep {
   template <class T>
   using Pack = Packed<T, width>;
 
+  // Sums over time that go to `partial`.
+  static constexpr int n_sums = Cell::n_params + (Plan::parallel ? Cell::n_per_sequence : 0);
+
   SRU_FN constexpr bool is_wide(int i) { return (wide >> i) & 1; }
   SRU_FN index_t batch(const Given &a) { return Plan::B ? Plan::B : a.B; }
+  SRU_FN index_t pieces(index_t steps, index_t of) { return (steps + of - 1) / of; }
+  SRU_FN index_t chunks(const Given &a) { return pieces(a.L, a.chunk); }
 
   // The channels of this thread, and the steps that exist: those of its sequence. The others are padding.
   struct Part {
@@ -40,6 +45,31 @@ struct GpuSweep {
   };
   SRU_FN index_t clamp(index_t i, index_t low, index_t high) { return i < low ? low : i > high ? high : i; }
 
+  // Steps from `from` to `to` of one direction, counted as it goes: all, or those of a chunk where Plan::parallel.
+  // Among them, those from `begin` to `end` are of the sequence, whose own ones begin with `first`.
+  template <bool reverse>
+  struct Span {
+    index_t L, length, chunk, from, to, first, begin, end;
+
+    SRU_MEMBER Span(const Given &a, const Part &at, index_t chunk) : L(a.L), length(at.length), chunk(chunk) {
+      from = 0, to = L;
+      first = begin = reverse ? L - length : 0;
+      end = first + length;
+      if (Plan::parallel) {
+        from = chunk * a.chunk, to = clamp(from + a.chunk, 0, L);
+        begin = clamp(begin, from, to), end = clamp(end, from, to);
+      }
+    }
+    SRU_MEMBER index_t time(index_t step) const { return reverse ? L - 1 - step : step; }
+    SRU_MEMBER bool is_first() const { return !Plan::parallel || from == 0; }
+    SRU_MEMBER bool is_last() const { return !Plan::parallel || to == L; }
+    // Padding are the times from here until `padding_end()`.
+    SRU_MEMBER index_t padding_begin() const {
+      return Plan::parallel ? clamp(reverse ? L - to : from, length, L) : length;
+    }
+    SRU_MEMBER index_t padding_end() const { return Plan::parallel ? (reverse ? L - from : to) : L; }
+  };
+
   // The offset of a thread's channels in an array of states (D, B, d).
   SRU_FN index_t state_offset(const Given &a, const Part &at, int q) { return (q * batch(a) + at.b) * Plan::d + at.j; }
 
@@ -51,6 +81,12 @@ struct GpuSweep {
   }
   SRU_FN void write_each(acc *p, real x) {
     for (int i = 0; i < width; i++) p[i] = x.v[i];
+  }
+
+  // Where rows are that one chunk of time leaves to another: see gpu_scan.h.
+  static constexpr int carry_rows = Cell::n_state * (Cell::n_state + 1);
+  SRU_FN acc *carry(const Given &a, const Part &at, int q, index_t chunk, int i) {
+    return (acc *)a.carry + ((chunk * carry_rows + i) * batch(a) * Plan::D + at.row(q)) * Plan::d + at.j;
   }
 
   // What step() is given beside the arrays over time.
@@ -179,16 +215,19 @@ struct GpuSweep {
     if (row.padded) *h = real(0);
   }
 
-  // Copies of the state for the backward, before steps 0, every, 2*every, ... of the direction.
+  // Copies of the state for the backward, before steps 0, every, 2*every, ... of a span.
   struct Keeper {
     Saved *to[Cell::n_state];  // the next copy; where Plan::keep is 1, that of the first step of a lap
     index_t rows;
     int every, left;  // `left` steps from now is the next copy
 
-    SRU_MEMBER Keeper(const ForwardArguments<Cell> &f, const Part &at, int q) : left(0) {
+    template <bool reverse>
+    SRU_MEMBER Keeper(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) : left(0) {
       rows = batch(f.given) * Plan::D * Plan::d;
       every = Plan::keep == 1 ? 1 : int(f.given.every);
-      for (int i = 0; Plan::keep && i < Cell::n_state; i++) to[i] = (Saved *)f.saved[i] + at.row(q) * Plan::d + at.j;
+      const index_t before = Plan::parallel && Plan::keep ? span.chunk * pieces(f.given.chunk, every) : 0;
+      for (int i = 0; Plan::keep && i < Cell::n_state; i++)
+        to[i] = (Saved *)f.saved[i] + before * rows + at.row(reverse) * Plan::d + at.j;
     }
     // Before step k of a lap.
     SRU_MEMBER void before_step(const real *state, int k) {
@@ -241,28 +280,63 @@ struct GpuSweep {
     }
   };
 
+  // The state before a span: the initial one, or that which fold() has left.
+  template <bool reverse>
+  SRU_FN void start_state(const Given &a, const Part &at, const Span<reverse> &span, real *state) {
+    for (int i = 0; i < Cell::n_state; i++) {
+      if (span.is_first())
+        state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
+      else
+        state[i] = widen(load_packed<acc, width>(carry(a, at, reverse, span.chunk - 1, i)));
+    }
+  }
+
   template <bool reverse>
   SRU_FN void forward_direction(const ForwardArguments<Cell> &f) {
     const Given &a = f.given;
     const Part at(a);
     if (at.idle) return;
-    const index_t first = reverse ? at.length - 1 : 0, rows = batch(a) * Plan::D * Plan::d;
+    const Span<reverse> span(a, at, blockIdx.z);
+    const index_t first = span.time(span.begin), rows = batch(a) * Plan::D * Plan::d;
     Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
     const Fixed fixed(a, at, reverse);
-    Keeper keep(f, at, reverse);
+    Keeper keep(f, at, span);
     Forward work = {fixed, keep, h + first * rows, reverse ? -rows : rows};
-    for (int i = 0; i < Cell::n_state; i++)
-      work.state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
-    if (reverse) keep.skip(work.state, int(a.L - at.length));
+    start_state(a, at, span, work.state);
+    if (reverse) keep.skip(work.state, int(span.begin - span.from));
     Reader<reverse, !reverse> from(a, at, first);
-    sweep<Plan::depth>(from, at.length, work);
+    const index_t n = span.end - span.begin;
+    sweep<Plan::depth>(from, n, work);
     if (!reverse) {
-      keep.advance(at.length % Plan::depth);  // of the last lap
-      keep.skip(work.state, int(a.L - at.length));
+      keep.advance(n % Plan::depth);  // of the last lap
+      keep.skip(work.state, int(span.to - span.end));
     }
-    for (index_t t = at.length; t < a.L; t++) store(h + t * rows, narrow<Io>(real(0)));
+    for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
+    if (!span.is_last()) return;
     for (int i = 0; i < Cell::n_state; i++)
       write_each((acc *)f.c_last[i] + state_offset(a, at, reverse), work.state[i]);
+  }
+
+  // Takes a state over steps of which nothing else is wanted.
+  struct Passage {
+    const Fixed &fixed;
+    real state[Cell::n_state];
+
+    SRU_MEMBER void take(const Row &row, int) {
+      real h;
+      step(row, fixed, state, &h);
+    }
+    SRU_MEMBER void advance(index_t) {}
+  };
+
+  template <int depth, bool reverse>
+  SRU_FN void pass(const Given &a, const Part &at, const Span<reverse> &span, const Fixed &fixed, index_t begin,
+                   index_t end, real *state) {
+    Passage work = {fixed};
+    for (int i = 0; i < Cell::n_state; i++) work.state[i] = state[i];
+    Reader<reverse, !reverse> from(a, at, span.time(begin));
+    sweep<depth>(from, end - begin, work);
+    for (int i = 0; i < Cell::n_state; i++) state[i] = work.state[i];
   }
 
   SRU_FN void forward(const ForwardArguments<Cell> &f) {
@@ -308,6 +382,23 @@ struct GpuSweep {
     }
   };
 
+  // The state before the step of a row.
+  template <class State>
+  SRU_FN void state_before(const BackRow<State> &back, real *state) {
+    for (int i = 0; i < Cell::n_state; i++) state[i] = back.row.starts_anew ? real(0) : real(widen(back.state[i]));
+  }
+
+  // The adjoint of the state after a span: what was given of the last state, or what fold() has left.
+  template <bool reverse>
+  SRU_FN void end_adjoint(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, real *dstate) {
+    for (int i = 0; i < Cell::n_state; i++) {
+      if (span.is_last())
+        dstate[i] = f.dc_last[i] ? read_each((const acc *)f.dc_last[i] + state_offset(f.given, at, reverse)) : real(0);
+      else
+        dstate[i] = widen(load_packed<acc, width>(carry(f.given, at, reverse, span.chunk, i)));
+    }
+  }
+
   SRU_FN constexpr bool wants_input(int i) { return (Plan::wants_inputs >> i) & 1; }
 
   // The adjoint of the state, the sums over time, and where the gradients of the next step go.
@@ -320,12 +411,11 @@ struct GpuSweep {
     real dstate[Cell::n_state];
     real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
 
-    SRU_MEMBER Backward(const BackwardArguments<Cell> &f, const Part &at, const Fixed &fixed) : fixed(fixed) {
-      const Given &a = f.given;
-      rows = (reverse ? 1 : -1) * batch(a) * Plan::D;
-      start(f, at, reverse ? 0 : at.length - 1);
-      for (int i = 0; i < Cell::n_state; i++)
-        dstate[i] = f.dc_last[i] ? read_each((const acc *)f.dc_last[i] + state_offset(a, at, reverse)) : real(0);
+    SRU_MEMBER Backward(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed)
+        : fixed(fixed) {
+      rows = (reverse ? 1 : -1) * batch(f.given) * Plan::D;
+      start(f, at, span.time(span.end - 1));
+      end_adjoint(f, at, span, dstate);
       for (int i = 0; i < Cell::n_per_sequence; i++) dper_sequence[i] = real(0);
       for (int i = 0; i < Cell::n_params; i++) dparam[i] = real(0);
     }
@@ -356,7 +446,7 @@ struct GpuSweep {
       const Values in(back.row);
       real state[Cell::n_state], dold_state[Cell::n_state];
       real dper_step[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparams[SRU_AT_LEAST_ONE(Cell::n_params)];
-      for (int i = 0; i < Cell::n_state; i++) state[i] = back.row.starts_anew ? real(0) : real(widen(back.state[i]));
+      state_before(back, state);
       const real dh = widen(back.dh);
       Cell::template gradient<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, dstate,
                                     &dh, dgates, dinputs, dper_step, dparams, dold_state);
@@ -388,40 +478,45 @@ struct GpuSweep {
     }
 
     // Zeros for the rows of padding.
-    SRU_MEMBER void pad(const BackwardArguments<Cell> &f, const Part &at) {
+    SRU_MEMBER void pad(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) {
       real dgates[SRU_AT_LEAST_ONE(Cell::n_gates)], dinputs[SRU_AT_LEAST_ONE(Cell::n_inputs)];
       for (int i = 0; i < Cell::n_gates; i++) dgates[i] = real(0);
       for (int i = 0; i < Cell::n_inputs; i++) dinputs[i] = real(0);
-      for (index_t t = at.length; t < f.given.L; t++) {
+      for (index_t t = span.padding_begin(); t < span.padding_end(); t++) {
         start(f, at, t);
         write(dgates, dinputs, 0);
       }
     }
-    SRU_MEMBER void finish(const BackwardArguments<Cell> &f, const Part &at) const {
-      for (int i = 0; i < Cell::n_state; i++)
+    SRU_MEMBER void finish(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) const {
+      for (int i = 0; span.is_first() && i < Cell::n_state; i++)
         write_each((acc *)f.dc0[i] + state_offset(f.given, at, reverse), dstate[i]);
+      const index_t row = (Plan::parallel ? span.chunk * batch(f.given) * Plan::D : 0) + at.row(reverse);
+      acc *const partial = (acc *)f.partial.data + row * n_sums * f.partial.stride + at.j;
       for (int i = 0; i < Cell::n_per_sequence; i++) {
         const Slot &to = f.dper_sequence[i];
-        if (to.data) write_each((acc *)to.data + at.row(reverse) * to.stride + at.j, dper_sequence[i]);
+        if (!to.data) continue;
+        if (Plan::parallel)
+          write_each(partial + (Cell::n_params + i) * f.partial.stride, dper_sequence[i]);
+        else
+          write_each((acc *)to.data + at.row(reverse) * to.stride + at.j, dper_sequence[i]);
       }
       for (int i = 0; i < Cell::n_params; i++)
-        if (f.dparam[i].data)
-          write_each((acc *)f.partial.data + (at.row(reverse) * Cell::n_params + i) * f.partial.stride + at.j,
-                     dparam[i]);
+        if (f.dparam[i].data) write_each(partial + i * f.partial.stride, dparam[i]);
     }
   };
 
-  // Reads the states that the forward kept before every step.
-  template <bool reverse>
-  SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, Backward<reverse> &work) {
-    const Given &a = f.given;
-    const index_t rows = batch(a) * Plan::D * Plan::d, t = reverse ? 0 : at.length - 1, s = reverse ? a.L - 1 : t;
-    const index_t offset = at.row(reverse) * Plan::d + at.j;
-    BackReader<reverse, Saved> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
+  // Reads the states that the forward kept before every step. (Where it kept only some, `work` needs none: it is shown
+  // the first one each time.)
+  template <int depth, bool reverse, class Work>
+  SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
+                                  Work &work) {
+    const index_t rows = batch(f.given) * Plan::D * Plan::d, last = span.end - 1, t = span.time(last);
+    const index_t offset = at.row(reverse) * Plan::d + at.j, s = Plan::keep == 1 ? last : 0;
+    BackReader<reverse, Saved> from = {{f.given, at, t}, (const Io *)f.dh + t * rows + offset};
     for (int i = 0; i < Cell::n_state; i++) from.state[i] = (const Saved *)f.saved[i] + s * rows + offset;
     from.dh_step = reverse ? rows : -rows;
-    from.state_step = rows;
-    sweep<Plan::depth>(from, at.length, work);
+    from.state_step = Plan::keep == 1 ? rows : 0;
+    sweep<depth>(from, span.end - span.begin, work);
   }
 
   // The states before the steps of one piece, recomputed: in shared memory, or in the scratch that was given.
@@ -429,12 +524,15 @@ struct GpuSweep {
     acc *state[Cell::n_state];
     index_t step;
 
-    SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q) {
+    SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q, index_t chunk) {
       extern __shared__ __align__(16) unsigned char sru_shared[];
-      step = Plan::scratch_in_shared ? Plan::threads * width : batch(f.given) * Plan::D * Plan::d;
+      const Given &a = f.given;
+      step = Plan::scratch_in_shared ? Plan::threads * width : batch(a) * Plan::D * Plan::d;
+      index_t row = at.row(q) * Plan::d + at.j;
+      if (Plan::parallel) row += chunk * clamp(a.every, 0, a.chunk) * step;
       for (int i = 0; i < Cell::n_state; i++)
-        state[i] = Plan::scratch_in_shared ? (acc *)sru_shared + i * f.given.every * step + threadIdx.x * width
-                                           : (acc *)f.states[i] + at.row(q) * Plan::d + at.j;
+        state[i] = Plan::scratch_in_shared ? (acc *)sru_shared + i * a.every * step + threadIdx.x * width
+                                           : (acc *)f.states[i] + row;
     }
   };
 
@@ -454,29 +552,38 @@ struct GpuSweep {
   };
 
   // Piece by piece, last piece first: recomputes the states from the one that was kept, then goes back over the piece.
-  // Steps are counted as the direction goes; those of the sequence are [begin, end).
-  template <bool reverse>
-  SRU_FN void backward_from_pieces(const BackwardArguments<Cell> &f, const Part &at, const Fixed &fixed,
-                                   Backward<reverse> &work) {
+  // The one before a span's first steps may have been kept before the span. Pieces begin anew with each chunk of the
+  // forward, as this began with a state that is not, to the last bit, what the steps before it lead to.
+  template <int depth, int replay_depth, bool reverse, class Work>
+  SRU_FN void backward_from_pieces(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
+                                   const Fixed &fixed, Work &work) {
     const Given &a = f.given;
     const index_t rows = batch(a) * Plan::D * Plan::d, offset = at.row(reverse) * Plan::d + at.j;
-    const index_t begin = reverse ? a.L - at.length : 0, end = begin + at.length;
-    const Scratch scratch(f, at, reverse);
-    for (index_t last = end; last > begin;) {
-      const index_t piece = (last - 1) / a.every, first = clamp(piece * a.every, begin, last), n = last - first;
+    const Scratch scratch(f, at, reverse, span.chunk);
+    index_t start = 0, copies = 0;  // of a chunk of the forward: its first step, and the states kept of earlier ones
+    if (Plan::saved_in_chunks && span.end > span.begin) {
+      const index_t chunk = (span.end - 1) / f.saved_chunk;
+      start = chunk * f.saved_chunk, copies = chunk * pieces(f.saved_chunk, a.every);
+    }
+    for (index_t last = span.end; last > span.begin;) {
+      if (Plan::saved_in_chunks && last == start) start -= f.saved_chunk, copies -= pieces(f.saved_chunk, a.every);
+      const index_t piece = (last - 1 - start) / a.every, kept = clamp(start + piece * a.every, span.first, last);
+      const index_t first = Plan::parallel ? clamp(kept, span.begin, last) : kept, n = last - first;
+      const index_t copy = (copies + piece) * rows + offset;
       Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++)
-        replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + piece * rows + offset));
-      Reader<reverse, !reverse> forwards(a, at, reverse ? a.L - 1 - first : first);
-      sweep<Plan::replay_depth>(forwards, n, replay);
+        replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy));
+      if constexpr (Plan::parallel) pass<replay_depth>(a, at, span, fixed, kept, first, replay.state);
+      Reader<reverse, !reverse> forwards(a, at, span.time(first));
+      sweep<replay_depth>(forwards, n, replay);
 
-      const index_t t = reverse ? a.L - last : last - 1;
+      const index_t t = span.time(last - 1);
       BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
       for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.state[i] + (n - 1) * scratch.step;
       from.dh_step = reverse ? rows : -rows;
       from.state_step = scratch.step;
       work.start(f, at, t);
-      sweep<Plan::depth>(from, n, work);
+      sweep<depth>(from, n, work);
       last = first;
     }
   }
@@ -485,14 +592,15 @@ struct GpuSweep {
   SRU_FN void backward_direction(const BackwardArguments<Cell> &f) {
     const Part at(f.given);
     if (at.idle) return;
+    const Span<reverse> span(f.given, at, blockIdx.z);
     const Fixed fixed(f.given, at, reverse);
-    Backward<reverse> work(f, at, fixed);
+    Backward<reverse> work(f, at, span, fixed);
     if constexpr (Plan::keep == 1)
-      backward_from_saved<reverse>(f, at, work);
+      backward_from_saved<Plan::depth>(f, at, span, work);
     else
-      backward_from_pieces<reverse>(f, at, fixed, work);
-    work.finish(f, at);
-    work.pad(f, at);
+      backward_from_pieces<Plan::depth, Plan::replay_depth>(f, at, span, fixed, work);
+    work.finish(f, at, span);
+    work.pad(f, at, span);
   }
 
   SRU_FN void backward(const BackwardArguments<Cell> &f) {
@@ -503,26 +611,29 @@ struct GpuSweep {
   }
 
   // ----------------------------------------------------------------------------------------------------------------
-  // Sums the parameters' gradients over sequences, in an order that depends on nothing but B: each of the block's
-  // `groups` rows of threads takes every groups-th sequence, then their sums are added in turn. A block serves 32
-  // channels of parameter blockIdx.y of direction blockIdx.z.
+  // Sums of partial sums, in an order that depends on nothing but their number: each of the block's `groups` rows of
+  // threads takes every groups-th, then their sums are added in turn. A block serves 32 channels.
 
   static constexpr int groups = 8;
 
-  SRU_FN void sum_partials(const BackwardArguments<Cell> &f) {
+  SRU_FN void sum_up(const acc *from, index_t n, index_t distance, acc *to) {  // null `to`: not wanted
     __shared__ acc sums[groups][32];
-    const Slot &to = f.dparam[blockIdx.y];
-    const index_t j = index_t(blockIdx.x) * 32 + threadIdx.x;
     acc sum = 0;
-    if (to.data && j < Plan::d)
-      for (index_t b = threadIdx.y; b < batch(f.given); b += groups)
-        sum += ((const acc *)
-                    f.partial.data)[((b * Plan::D + blockIdx.z) * Cell::n_params + blockIdx.y) * f.partial.stride + j];
+    for (index_t i = threadIdx.y; to && i < n; i += groups) sum += from[i * distance];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y != 0 || !to.data || j >= Plan::d) return;
+    if (threadIdx.y != 0 || !to) return;
     for (int i = 1; i < groups; i++) sum += sums[i][threadIdx.x];
-    ((acc *)to.data)[blockIdx.z * to.stride + j] = sum;
+    *to = sum;
+  }
+
+  // Gradients of parameter blockIdx.y of direction blockIdx.z: over all sequences (and chunks of time).
+  SRU_FN void sum_partials(const BackwardArguments<Cell> &f) {
+    const Slot &slot = f.dparam[blockIdx.y];
+    const index_t j = index_t(blockIdx.x) * 32 + threadIdx.x, step = n_sums * f.partial.stride;
+    acc *const to = slot.data && j < Plan::d ? (acc *)slot.data + blockIdx.z * slot.stride + j : nullptr;
+    const index_t n = batch(f.given) * (Plan::parallel ? chunks(f.given) : 1);
+    sum_up((const acc *)f.partial.data + blockIdx.z * step + blockIdx.y * f.partial.stride + j, n, Plan::D * step, to);
   }
 };
 

@@ -81,7 +81,14 @@ def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=_length,
         default=[MANY],
         metavar="many|N",
-        help="time steps, which matter only where they are 1, as in sru_step, or fewer than K (default: many)",
+        help="time steps, which matter only where they are 1, as in sru_step, fewer than K, or too few to be cut into "
+        "chunks (default: many, cut or not)",
+    )
+    add(
+        "--time-parallel",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="what time_parallel= is: yes for True, no for False (default: auto)",
     )
     add("--mask", action="store_true", help="calls with mask=")
     add("--reset", action="store_true", help="calls with reset=")

@@ -41,6 +41,8 @@ class Given(NamedTuple):
     params: Sequence[Slot]
     c0: Sequence[int]
     constants: Sequence[float]
+    chunk: int = 0
+    carry: int = 0
 
 
 class Forward(NamedTuple):
@@ -66,6 +68,7 @@ class Backward(NamedTuple):
     dper_sequence: Sequence[Slot]
     dparams: Sequence[Slot]
     dc0: Sequence[int]
+    saved_chunk: int = 0
 
 
 def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
@@ -77,7 +80,7 @@ def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
         b = arguments
         values += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
         values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
-        values += b.dc0
+        values += [*b.dc0, b.saved_chunk]
     return layout(cell, isinstance(arguments, Forward)).pack(*values)
 
 
@@ -87,16 +90,16 @@ def layout(cell: Cell, forward: bool) -> struct.Struct:
     slots = [len(cell.gates), len(cell.inputs), len(cell.per_sequence), len(cell.params)]
     integers = 2 * sum(max(1, n) for n in slots)
     states = len(cell.state)
-    given = f"{8 + integers + states}q{max(1, len(cell.constants))}d"
+    given = f"{8 + integers + states}q{max(1, len(cell.constants))}d2q"
     if forward:
         return struct.Struct(f"={given}{1 + 2 * states}q")
-    return struct.Struct(f"={given}{3 + 3 * states + integers + states}q")
+    return struct.Struct(f"={given}{3 + 3 * states + integers + states + 1}q")
 
 
 def _given(g: Given) -> list[int | float]:
     values: list[int | float] = [g.L, g.B, g.D, g.d, g.every, g.lengths, g.mask, g.reset]
     values += _slots(g.gates) + _slots(g.inputs) + _slots(g.per_sequence) + _slots(g.params)
-    return [*values, *g.c0, *(g.constants or (0.0,))]
+    return [*values, *g.c0, *(g.constants or (0.0,)), g.chunk, g.carry]
 
 
 def _slots(slots: Iterable[Slot]) -> list[int | float]:

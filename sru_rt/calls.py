@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import abi
+from . import abi, chunks
 from .cell import Cell
 from .dtypes import state_dtype
-from .plan import ITEMSIZE, Device, Plan, plan
+from .plan import Device, Plan, plan
+from .traffic import ITEMSIZE
 from .variant import Variant
 
 _ADDRESS = 512  # any, aligned as memory of CuPy is
-MANY = 1 << 20  # steps; kernels depend on their number only where it is 1, or less than `every` is to be
+MANY = 1 << 20  # steps; kernels depend on their number only where it is 1, less than `every` is to be, or too small for
+# chunks of time
 _LARGEST = 1 << 30  # channels of all sequences and directions; the plan changes no more long before
+_CHUNK = 64  # steps of a chunk, any number
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Call:
     has_reset: bool = False
     wants_x: bool = True  # the gradient of x
     L: int = MANY
+    time_parallel: bool | str = "auto"
 
     @property
     def variant(self) -> Variant:
@@ -46,37 +50,67 @@ class Call:
     def passes(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.every else ("forward",)
 
-    def plan(self, which: str, B: int, device: Device) -> Plan:
-        """The plan of the pass `which` for one batch size, that is compiled in."""
-        arguments = self._forward(B) if which == "forward" else self._backward(B)
+    def plan(self, which: str, B: int, device: Device, cut: tuple[bool, bool] = (False, False)) -> Plan:
+        """The plan of the pass `which` for one batch size, that is compiled in.
+
+        `cut` says whether forward and backward are in chunks of time.
+        """
+        arguments = self._forward(B, cut) if which == "forward" else self._backward(B, cut)
         return replace(plan(self.variant, arguments, device), B=B)
+
+    def plans(self, which: str, B: int, device: Device) -> list[Plan]:
+        """The plans of one batch size: where there are `MANY` steps, also those of calls with few."""
+        return list(dict.fromkeys(self.plan(which, B, device, cut) for cut in self._cuts(B, device)))
 
     def general_plans(self, which: str, device: Device) -> list[Plan]:
         """The plans, for any batch size each, of which one fits every call."""
         largest = max(1, _LARGEST // (self.D * self.d))
-        return list(dict.fromkeys(self._between(which, device, 1, largest)))
+        cuts = dict.fromkeys(cut for B in self._edges(device, largest) for cut in self._cuts(B, device))
+        return list(dict.fromkeys(p for cut in cuts for p in self._between(which, device, 1, largest, cut)))
 
-    def _between(self, which: str, device: Device, low: int, high: int) -> Iterator[Plan]:
+    def _between(
+        self, which: str, device: Device, low: int, high: int, cut: tuple[bool, bool] = (False, False)
+    ) -> Iterator[Plan]:
         """The plans of all batch sizes from `low` to `high`.
 
         Threads grow by turns with the batch, and depths shrink, while the width is the same; it grows once. So where
         both ends have the same plan, all between them have it too.
         """
-        first, last = (replace(self.plan(which, B, device), B=0) for B in (low, high))
+        first, last = (replace(self.plan(which, B, device, cut), B=0) for B in (low, high))
         yield first
         if first != last:
             middle = (low + high) // 2
-            yield from self._between(which, device, low, middle)
-            yield from self._between(which, device, middle + 1, high)
+            yield from self._between(which, device, low, middle, cut)
+            yield from self._between(which, device, middle + 1, high, cut)
 
-    def _forward(self, B: int) -> abi.Forward:
+    def _cut(self, B: int, device: Device) -> tuple[bool, bool]:
+        sizes = self.L, B, self.D, self.d
+        forward, backward = (
+            chunks.length(self.variant, sizes, forward, self.time_parallel, device) > 0 for forward in (True, False)
+        )
+        return forward, backward
+
+    def _cuts(self, B: int, device: Device) -> list[tuple[bool, bool]]:
+        return [self._cut(B, device), *([(False, False)] if self.L == MANY else [])]
+
+    def _edges(self, device: Device, largest: int) -> Iterator[int]:
+        """Batch sizes that between them meet every way to cut: in each pass small batches are cut, larger ones not."""
+        yield 1
+        for which in (0, 1):
+            low, high = 0, largest
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self._cut(middle, device)[which] else (low, middle - 1)
+            yield from (max(1, low), min(low + 1, largest))
+
+    def _forward(self, B: int, cut: tuple[bool, bool] = (False, False)) -> abi.Forward:
         states = [_ADDRESS] * len(self.cell.state)
-        return abi.Forward(self._given(B), h=_ADDRESS, c_last=states, saved=states)
+        return abi.Forward(self._given(B, cut[0]), h=_ADDRESS, c_last=states, saved=states)
 
-    def _backward(self, B: int) -> abi.Backward:
+    def _backward(self, B: int, cut: tuple[bool, bool] = (False, False)) -> abi.Backward:
         states = [_ADDRESS] * len(self.cell.state)
         return abi.Backward(
-            self._given(B),
+            self._given(B, cut[1]),
             dh=_ADDRESS,
             dc_last=states,
             saved=states,
@@ -87,9 +121,10 @@ class Call:
             dper_sequence=(),
             dparams=(),
             dc0=(),
+            saved_chunk=_CHUNK * cut[0],
         )
 
-    def _given(self, B: int) -> abi.Given:
+    def _given(self, B: int, cut: bool) -> abi.Given:
         """All that the planner reads; the rest is the same to a kernel, or comes with the launch."""
         return abi.Given(
             L=self.L,
@@ -106,6 +141,8 @@ class Call:
             params=(),
             c0=(),
             constants=(),
+            chunk=_CHUNK * cut,
+            carry=_ADDRESS * cut,
         )
 
     def _slots(self, kind: str, without: str = "") -> list[abi.Slot]:

@@ -17,6 +17,9 @@ from .simplify import simplify
 
 KINDS = ("gates", "inputs", "per_sequence", "params", "state", "constants")
 
+# States up to which steps are composed into one, with a matrix for each.
+MOST_COMPOSED = 2
+
 # Inputs of gradient graphs that hold adjoints. No identifiers, so that no declared value can have such a name.
 ADJOINT_OF_H = "d:h"
 
@@ -152,6 +155,8 @@ class Formula:
 
     `gradient` maps the name of each value that has one (all but constants) to its derivative, in terms of the
     step's own values, and of inputs named by `adjoint_of` for each new state and by `ADJOINT_OF_H` for the output.
+    `jacobian` holds the derivatives of the new states by the states, row by row; nothing for more than
+    `MOST_COMPOSED` states.
     """
 
     leaves: dict[str, Node]
@@ -160,6 +165,7 @@ class Formula:
     names: dict[Node, str]
     gradient: dict[str, Node]
     gradient_names: dict[Node, str] = field(default_factory=dict)
+    jacobian: tuple[Node, ...] = ()
 
 
 # functools.cache holds no lock while it computes, unlike cached_property before Python 3.12: a process may fork at any
@@ -210,8 +216,19 @@ def _trace(cell: Cell) -> Formula:
         found = simpler.get(adjoint[node]) if node in adjoint else None
         if found is not None and found.op not in graph.LEAVES:
             gradient_names.setdefault(found, f"d{name}")
-    gradient = {name: simpler[node] for name, node in zip(wanted, derived)}
-    return Formula(leaves, tuple(outputs[:-1]), outputs[-1], names, gradient, gradient_names)
+    jacobian: list[Node] = []
+    if len(cell.state) <= MOST_COMPOSED:
+        for new in outputs[:-1]:
+            jacobian += graph.differentiate([new], [table.constant(1)], [leaves[name] for name in cell.state])[0]
+    return Formula(
+        leaves,
+        tuple(outputs[:-1]),
+        outputs[-1],
+        names,
+        {name: simpler[node] for name, node in zip(wanted, derived)},
+        gradient_names,
+        tuple(jacobian),
+    )
 
 
 def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, Any]]:

@@ -24,8 +24,8 @@ _CPP_WORDS = (
         "or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert "
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
-        "virtual void volatile wchar_t while xor xor_eq real step gradient fma minimum maximum where new_state "
-        "new_h NULL".split()
+        "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where "
+        "new_state new_h NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -202,7 +202,10 @@ def describe(cell: Cell) -> str:
 
 
 def emit(cell: Cell) -> str:
-    """The cell as a C++ struct with the members `step` and `gradient`, both over any number type `real`."""
+    """The cell as a C++ struct with the members `step` and `gradient`, both over any number type `real`.
+
+    A cell of few states has a third one, `jacobian`.
+    """
     counts = ", ".join(f"n_{kind} = {len(cell.of_kind(kind))}" for kind in KINDS)
     lines = [
         "// clang-format off",
@@ -218,6 +221,7 @@ def emit(cell: Cell) -> str:
         *_step_function(cell),
         "",
         *_gradient_function(cell),
+        *_jacobian_function(cell),
         "};",
     ]
     return "\n".join(lines) + "\n"
@@ -297,5 +301,23 @@ def _gradient_function(cell: Cell) -> list[str]:
         *([f"    const real {', '.join(adjoints)};"] if adjoints else []),
         *(f"    {line}" for line in block.lines),
         *results,
+        "  }",
+    ]
+
+
+def _jacobian_function(cell: Cell) -> list[str]:
+    f, names = cell.formula, _cpp_leaf_names(cell)
+    if not f.jacobian:
+        return []
+    block = _Block(f.jacobian, f.names, names, cpp=True)
+    return [
+        "",
+        "  // The derivatives of the new states by the states, row by row.",
+        "  template <class real>",
+        "  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,",
+        "                       const real *state, const real *constant, real *jacobian) {",
+        *_unpack(cell, names, block.order),
+        *(f"    {line}" for line in block.lines),
+        *(f"    jacobian[{i}] = {block[node]};" for i, node in enumerate(f.jacobian)),
         "  }",
     ]

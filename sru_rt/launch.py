@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from . import abi, compile_cpu, launch_gpu, numpy_sweep, plan, settings
+from . import abi, chunks, compile_cpu, launch_gpu, numpy_sweep, plan, settings
 from .errors import CompileError, LibraryError
 from .log import warn_once
 from .variant import Variant
@@ -43,6 +43,19 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
 def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:
     """Whether a backward wants memory for the `every` states of a piece that it recomputes."""
     return every > 1 if device == "cpu" else plan.needs_scratch(variant, every)
+
+
+def chunk(
+    variant: Variant, sizes: tuple[int, int, int, int], forward: bool, time_parallel: bool | str, device: str = "cpu"
+) -> int:
+    """Steps of the chunks of time that one pass of `sizes` L, B, D, d is to be cut into; 0: it is not.
+
+    Chunks want a `carry` and larger arrays of partial sums and recomputed states: see cuda/arguments.h.
+    """
+    if device == "cpu":
+        return 0
+    facts = launch_gpu.device_facts(int(device.partition(":")[2] or 0))
+    return chunks.length(variant, sizes, forward, time_parallel, facts)
 
 
 def _tasks(given: abi.Given) -> int:

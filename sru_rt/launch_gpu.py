@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import abi, compile_gpu, plan, settings
+from . import abi, chunks, compile_gpu, plan, settings
 from .errors import LibraryError
 from .plan import Device, Plan
 from .variant import Variant
@@ -24,14 +24,20 @@ _lock = threading.Lock()
 _launches: dict[Hashable, _Launch] = {}
 
 
-class _Launch(NamedTuple):
-    """A planned pass on one device, but for its addresses."""
+class _Kernel(NamedTuple):
+    """One of the kernels of a pass. With `chunks` its grid is as deep as there are chunks of time, but for so many."""
 
-    sweep: _Function
+    function: _Function
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
-    shared: int  # bytes
-    sum_partials: _Function | None
+    shared: int = 0  # bytes
+    chunks: int | None = None
+
+
+class _Launch(NamedTuple):
+    """A planned pass on one device, but for its addresses and the number of steps."""
+
+    kernels: Sequence[_Kernel]
     struct: np.dtype[Any]  # of the arguments, as one value
 
 
@@ -49,12 +55,10 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
     key = _key(variant, arguments, device)
     launch = _launches.get(key) or _launches.setdefault(key, _prepare(variant, arguments, device))
     values = (np.frombuffer(abi.pack(variant.cell, arguments), launch.struct),)
-    on = _Stream(stream)
-    if arguments.given.B:
-        launch.sweep(launch.grid, launch.block, values, shared_mem=launch.shared, stream=on)
-    if launch.sum_partials is not None:
-        given = arguments.given
-        launch.sum_partials((-(-given.d // 32), len(given.params), given.D), (32, 8, 1), values, stream=on)
+    on, given = _Stream(stream), arguments.given
+    for function, (x, y, z), block, shared, but in launch.kernels:
+        depth = z if but is None else chunks.count(given.L, given.chunk) - but
+        function((x, y, depth), block, values, shared_mem=shared, stream=on)
 
 
 def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> Hashable:
@@ -62,35 +66,59 @@ def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -
     g = arguments.given
     together, apart, single = [g.gates], [*g.inputs], [*arguments.saved]
     wanted: tuple[bool, ...] = ()
+    parts: tuple[bool, ...] = (g.chunk > 0,)
     if isinstance(arguments, abi.Backward):
         together.append(arguments.dgates)
         apart += arguments.dinputs
         single += [arguments.dh, *arguments.states]
-        wanted = tuple([s.pointer != 0 for s in (*arguments.dgates, *arguments.dinputs, *arguments.dparams)])
+        parts = (g.chunk > 0, arguments.saved_chunk > 0)
+        slots = (*arguments.dgates, *arguments.dinputs, *arguments.dparams, *arguments.dper_sequence)
+        wanted = tuple([s.pointer != 0 for s in slots])
     else:
         single.append(arguments.h)
+    single.append(g.carry)
     places = [(s.pointer - slots[0].pointer, s.stride) for slots in together for s in slots]
     places += [(slots[0].pointer % 16, 0) for slots in together]
     places += [(s.pointer % 16, s.stride) for s in apart]
     places += [(pointer % 16, 0) for pointer in single]
     sizes = (g.L == 1, g.L >> 31, g.B, g.D, g.d, g.every)
-    return device, variant, sizes, g.mask != 0, g.reset != 0, tuple(places), wanted, settings.plan_text()
+    return device, variant, sizes, parts, g.mask != 0, g.reset != 0, tuple(places), wanted, settings.plan_text()
 
 
 def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:
     given = arguments.given
     facts = device_facts(device)
     made = _cached_if_any(variant, plan.plan(variant, arguments, facts), facts.arch)
-    sums = isinstance(arguments, abi.Backward) and any(slot.pointer for slot in arguments.dparams)
     functions = load(variant, made, device, facts.arch)
-    return _Launch(
-        sweep=functions[0],
-        grid=made.grid(given.B),
-        block=(made.threads, 1, 1),
-        shared=plan.shared_bytes(variant, made, given.every),
-        sum_partials=functions[1] if sums else None,
-        struct=np.dtype((np.void, abi.layout(variant.cell, made.forward).size)),
-    )
+    kernels = _sweeps(variant, made, given, functions) if given.B else []
+    if isinstance(arguments, abi.Backward):
+        kernels += _sums(made, arguments, functions)
+    return _Launch(kernels, np.dtype((np.void, abi.layout(variant.cell, made.forward).size)))
+
+
+def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[str, _Function]) -> list[_Kernel]:
+    grid, block = made.grid(given.B), (made.threads, 1, 1)
+    shared = plan.shared_bytes(variant, made, given.every)
+    sweep = functions["forward" if made.forward else "backward"]
+    if not made.parallel:
+        return [_Kernel(sweep, grid, block, shared)]
+    states = shared if made.reduce_reads_state else 0
+    return [
+        _Kernel(functions["reduce"], grid, block, states, chunks=1),
+        _Kernel(functions["fold"], grid, block, states),
+        _Kernel(sweep, grid, block, shared, chunks=0),
+    ]
+
+
+def _sums(made: Plan, arguments: abi.Backward, functions: Mapping[str, _Function]) -> list[_Kernel]:
+    """The kernels that add up partial sums, where these are wanted."""
+    given, kernels, tiles = arguments.given, [], -(-arguments.given.d // 32)
+    if any(slot.pointer for slot in arguments.dparams):
+        kernels.append(_Kernel(functions["sum_partials"], (tiles, len(given.params), given.D), (32, 8, 1)))
+    if made.parallel and any(slot.pointer for slot in arguments.dper_sequence):
+        grid = (tiles * given.B, len(given.per_sequence), given.D)
+        kernels.append(_Kernel(functions["sum_chunks"], grid, (32, 8, 1)))
+    return kernels
 
 
 def _cached_if_any(variant: Variant, made: Plan, arch: int) -> Plan:
@@ -111,7 +139,7 @@ def device_facts(device: int) -> Device:
 
 
 @functools.cache
-def _load(variant: Variant, made: Plan, device: int, arch: int) -> Sequence[_Function]:
+def _load(variant: Variant, made: Plan, device: int, arch: int) -> Mapping[str, _Function]:
     import cupy
 
     code = compile_gpu.cubin(variant, made, arch)
@@ -125,11 +153,10 @@ def _load(variant: Variant, made: Plan, device: int, arch: int) -> Sequence[_Fun
             f"sru_rt: the driver of GPU {device} refuses code for sm_{arch} made by NVRTC {compile_gpu.version()} "
             f"({error}); `python -m sru_rt doctor` compares their releases: {compile_gpu.INSTALL}"
         ) from None
-    names = ("forward",) if made.forward else ("backward", "sum_partials")
-    return [module.get_function(name) for name in names]
+    return {name: module.get_function(name) for name in made.kernels}
 
 
-def load(variant: Variant, made: Plan, device: int, arch: int) -> Sequence[_Function]:
-    """The kernels of a plan, loaded on the current device: the sweep, and of a backward `sum_partials`."""
+def load(variant: Variant, made: Plan, device: int, arch: int) -> Mapping[str, _Function]:
+    """The kernels of a plan by name, loaded on the current device."""
     with _lock:
         return _load(variant, made, device, arch)

@@ -95,6 +95,7 @@ def forward(
         mask=mask,
         reset=reset,
         library=library,
+        time_parallel=options.time_parallel,
     )
     h = None if h is None else h.reshape(L, B, D, d)
     h, last, states = recurrence.forward(operands, every, kept_dtype, h, c_last)

@@ -1,7 +1,8 @@
 """Decides how a recurrence runs on a GPU: what its kernel is compiled with, and how it is launched.
 
 It decides from the variant, the sizes, what is given and wanted, and two facts of the device; L alone never changes
-the kernel (but one step, L = 1, has its own), and of the batch sizes only the first few of each layer do.
+the kernel (but one step, L = 1, has its own), and of the batch sizes only the first few of each layer do. Whether a
+recurrence runs in parallel over time `chunks.py` decides, before there are arguments.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ from dataclasses import dataclass, replace
 from . import abi, settings
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
-from .graph import topological
+from .traffic import ITEMSIZE, moved, read, reduced, reduction_reads_state, replayed
 from .variant import Variant
-
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # What a multiprocessor must have asked for at any time to keep its share of the memory busy: bandwidth times latency,
 # 4.3 TB/s times 1 us over 132 multiprocessors of an H200. Computed, not measured.
 _BYTES_IN_FLIGHT = 32 << 10
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps.
-_RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72}
+_RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
 _DEPTHS = (1, 2, 4, 8, 12, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _BLOCKS_PER_MULTIPROCESSOR = 16
 # From this many warps of two channels a thread on; below it, twice the warps of one channel hide more latency.
 _WARPS_FOR_PAIRS = 4
 _SHARED_BYTES = 48 << 10  # of one block, on every architecture
+# What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
+# 1024 channels a multiprocessor where they may be short enough, and a quarter of that is what it takes to be worth it.
+_CHANNELS_IN_CHUNKS = 256
+_THREADS_IN_CHUNKS = 64
 MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
 
 # Multiprocessors of the usual card of an architecture, for kernels that are compiled where there is none.
@@ -48,13 +51,16 @@ class Plan:
     """How one pass runs. All but the launch is compiled in; the C++ reads it under the same names.
 
     `B` is 0 where the batch size is given at run time. `keep` is 1 if the state before every step is kept, 2 if one is
-    every K steps, 0 if none is. Bit i of `wants_inputs` says that the gradient of input i is wanted.
+    every K steps, 0 if none is. Bit i of `wants_inputs` says that the gradient of input i is wanted. `parallel` is
+    over time, in chunks; `reduce_reads_state` says that summaries of a backward depend on the states, and
+    `saved_in_chunks` that the forward was parallel and kept only some of them.
     """
 
     forward: bool
     width: int  # channels of a thread
     depth: int  # steps that are read ahead
     replay_depth: int  # the same where states are recomputed
+    reduce_depth: int  # the same where chunks are summarised
     threads: int  # of a block
     B: int
     D: int
@@ -67,6 +73,17 @@ class Plan:
     wants_gates: bool = False
     wants_inputs: int = 0
     scratch_in_shared: bool = False
+    parallel: bool = False
+    reduce_reads_state: bool = False
+    saved_in_chunks: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of the kernels that are compiled together."""
+        names = ("forward",) if self.forward else ("backward", "sum_partials")
+        if self.parallel:
+            names = ("reduce", "fold", *names, *(() if self.forward else ("sum_chunks",)))
+        return names
 
     def grid(self, B: int) -> tuple[int, int, int]:
         """Blocks of the sweep: (channels of all sequences, directions, 1)."""
@@ -85,13 +102,15 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     key = _static(variant, arguments)
     most = _shared_channels(variant, given.every) if key.scratch_in_shared else _THREADS[-1] * 2
     width = min(_width(variant, arguments, device), most // _THREADS[0])
-    threads = min(_threads(given.B * given.D * given.d // width, device), most // width // 32 * 32)
+    threads = _THREADS_IN_CHUNKS if key.parallel else _threads(given.B * given.D * given.d // width, device)
+    summarised = reduced(variant, key.forward, key.keep)
     made = replace(
         key,
         width=width,
-        depth=_depth(_sweep(key), _streams(variant, key), key, given, width, device),
+        depth=_depth(_sweep(key), read(variant, key.forward, key.keep), key, given, width, device),
         replay_depth=_depth("replay", replayed(variant), key, given, width, device),
-        threads=threads,
+        reduce_depth=_depth("reduce", summarised, key, given, width, device),
+        threads=min(threads, most // width // 32 * 32),
         B=given.B if _has_own_kernel(variant, key, device, given.B) else 0,
     )
     return _overridden(made, variant, arguments)
@@ -128,6 +147,7 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         width=0,
         depth=0,
         replay_depth=0,
+        reduce_depth=0,
         threads=0,
         B=0,
         D=given.D,
@@ -140,6 +160,9 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         wants_gates=wants_gates,
         wants_inputs=wants_inputs,
         scratch_in_shared=not forward and given.every > 1 and not needs_scratch(variant, given.every),
+        parallel=given.chunk > 0,
+        saved_in_chunks=isinstance(arguments, abi.Backward) and arguments.saved_chunk > 0 and given.every > 1,
+        reduce_reads_state=given.chunk > 0 and not forward and reduction_reads_state(variant.cell),
     )
 
 
@@ -186,7 +209,7 @@ def _width(variant: Variant, arguments: abi.Forward | abi.Backward, device: Devi
     if ITEMSIZE[variant.dtype] != 2 or given.d % 2:
         return 1
     warps = given.B * given.D * given.d // 2 // 32
-    enough = warps >= _WARPS_FOR_PAIRS * device.multiprocessors
+    enough = given.chunk > 0 or warps >= _WARPS_FOR_PAIRS * device.multiprocessors
     return 2 if enough and _takes_pairs(variant, arguments) else 1
 
 
@@ -195,7 +218,7 @@ def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> boo
     given = arguments.given
     item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
     places = [(slot.pointer, item) for slot in given.gates]
-    places += [(pointer, ITEMSIZE[variant.saved_dtype]) for pointer in arguments.saved]
+    places += [(pointer, ITEMSIZE[variant.saved_dtype]) for pointer in arguments.saved] + [(given.carry, state)]
     inputs = [given.inputs]
     if isinstance(arguments, abi.Backward):
         places += [(slot.pointer, item) for slot in arguments.dgates]
@@ -220,59 +243,66 @@ def _depth(sweep: str, streams: Sequence[int], key: Plan, given: abi.Given, widt
 
     `streams` are the sizes of the elements that a step reads.
     """
-    if given.L == 1 or (sweep == "replay" and _sweep(key) != "from pieces"):
+    unused = {"replay": _sweep(key) != "from pieces", "reduce": not key.parallel}
+    if given.L == 1 or unused.get(sweep):
         return 1
+    if sweep == "reduce" and _sweep(key) == "from pieces" and key.reduce_reads_state:
+        sweep = "from pieces"
     flags = key.has_mask + key.has_reset
-    words = sum(max(1, size * width // 4) for size in streams) + flags
-    channels = max(1, given.B * given.D * given.d // width // device.multiprocessors)
-    needed = -(-_BYTES_IN_FLIGHT // (channels * max(1, sum(streams) * width + flags)))
-    fitting = [n for n in _DEPTHS if n * words <= _RING_REGISTERS[sweep]]
+    channels = _CHANNELS_IN_CHUNKS if key.parallel else given.B * given.D * given.d // device.multiprocessors
+    needed = -(-_BYTES_IN_FLIGHT // (max(1, channels // width) * max(1, sum(streams) * width + flags)))
+    fitting = _fitting(sweep, streams, width, flags)
     return next((n for n in fitting if n >= needed), max(fitting, default=1))
+
+
+def _fitting(sweep: str, streams: Sequence[int], width: int, flags: int) -> list[int]:
+    """The depths of rings that fit into the registers."""
+    words = sum(max(1, size * width // 4) for size in streams) + flags
+    return [n for n in _DEPTHS if n * words <= _RING_REGISTERS[sweep]]
 
 
 def _sweep(key: Plan) -> str:
     return "forward" if key.forward else "from pieces" if key.keep > 1 else "backward"
 
 
-def _streams(variant: Variant, key: Plan) -> list[int]:
-    """Sizes of what one step reads."""
-    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
-    sizes = [*_inputs(variant).values()]
-    if not key.forward:
-        sizes += [item] + [ITEMSIZE[variant.saved_dtype] if key.keep == 1 else state] * len(variant.cell.state)
-    return sizes
+def best_share(variant: Variant, forward: bool, channels: float) -> float:
+    """How much of what must be in flight a sequential kernel asks for with its deepest ring, 1 for enough.
+
+    `channels` are those of a multiprocessor. The backward is one that reads every state.
+    """
+    streams = moved(variant, forward)[0]
+    depth = max(_fitting("forward" if forward else "backward", streams, 1, 0), default=1)
+    return min(1.0, channels * depth * sum(streams) / _BYTES_IN_FLIGHT)
 
 
-def replayed(variant: Variant) -> list[int]:
-    """Sizes of what one step reads of which only the new state is wanted."""
-    nodes = topological(variant.cell.formula.new_state)
-    used = {node.args[0] for node in nodes if node.op == "input"}
-    return [size for name, size in _inputs(variant).items() if name in used]
-
-
-def _inputs(variant: Variant) -> dict[str, int]:
-    """Sizes of the elements of gates and inputs, by name."""
-    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
-    wide = {name: state if variant.wide >> i & 1 else item for i, name in enumerate(variant.cell.inputs)}
-    return dict.fromkeys(variant.cell.gates, item) | wide
-
-
-def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
-    """The plan with what SRU_RT_PLAN says."""
+def overrides() -> dict[str, int]:
+    """What SRU_RT_PLAN says. Raises ArgumentError where it is not understood."""
     chosen = settings.plan()
-    limits: Mapping[str, Sequence[int]] = {"width": (1, 2), "depth": range(1, 65), "threads": range(32, 1025, 32)}
+    limits: Mapping[str, Sequence[int]] = {
+        "width": (1, 2),
+        "depth": range(1, 65),
+        "threads": range(32, 1025, 32),
+        "chunk": range(1, 1 << 31),
+    }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "separated by commas"
+                "chunk=1 or more, separated by commas"
             )
+    return chosen
+
+
+def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
+    """The plan with what SRU_RT_PLAN says."""
+    chosen = overrides()
     depth = chosen.get("depth")
     made = replace(
         made,
         width=chosen.get("width", made.width),
         depth=depth or made.depth,
         replay_depth=depth or made.replay_depth if made.replay_depth > 1 else 1,
+        reduce_depth=depth or made.reduce_depth if made.parallel else 1,
         threads=chosen.get("threads", made.threads),
     )
     if made.width > 1 and not _takes_pairs(variant, arguments):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import abi, launch
+from . import abi, chunks, launch
 from .cell import Array, Cell
 from .dtypes import name_of, state_dtype, to_numpy
 from .library import Library, NDArray
@@ -25,7 +25,8 @@ _STEP_KINDS = ("gates", "inputs")
 class Operands:
     """What one recurrence is given: C-contiguous arrays of one library in the dtypes that kernels take (see `operand`).
 
-    `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state.
+    `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state. `chunk` are the
+    steps of the forward's chunks of time, 0 where it has none; it need not be given.
     """
 
     cell: Cell
@@ -37,6 +38,12 @@ class Operands:
     mask: NDArray | None = None
     reset: NDArray | None = None
     library: Library = NUMPY
+    time_parallel: bool | str = "auto"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is None:  # decided once, since the backward must know how the forward went
+            object.__setattr__(self, "chunk", self._chunk(forward=True))
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -48,6 +55,10 @@ class Operands:
     @property
     def accumulator(self) -> np.dtype[Any]:
         return to_numpy(state_dtype(self.dtype))
+
+    def _chunk(self, forward: bool) -> int:
+        variant = self.variant(state_dtype(self.dtype))
+        return launch.chunk(variant, self.sizes, forward, self.time_parallel, self.library.device)
 
     def variant(self, saved_dtype: str) -> Variant:
         wide, i = 0, 0
@@ -80,7 +91,7 @@ def _slots_of_kind(operands: Operands, kind: str, arrays: Mapping[str, NDArray])
     return [s for a in operands.cell.arrays if a.kind == kind for s in _slots(arrays.get(a.name), a, pointer)]
 
 
-def _given(operands: Operands, every: int) -> abi.Given:
+def _given(operands: Operands, every: int, chunk: int, carry: NDArray | None) -> abi.Given:
     arrays, pointer = operands.arrays, operands.library.pointer
     L, B, D, d = operands.sizes
     return abi.Given(
@@ -98,7 +109,17 @@ def _given(operands: Operands, every: int) -> abi.Given:
         params=_slots_of_kind(operands, "params", arrays),
         c0=[pointer(a) for a in operands.c0],
         constants=operands.constants,
+        chunk=chunk,
+        carry=pointer(carry),
     )
+
+
+def _carry(operands: Operands, chunk: int) -> NDArray | None:
+    """Scratch for what chunks of time leave to each other."""
+    if not chunk:
+        return None
+    (L, B, D, d), n = operands.sizes, len(operands.cell.state)
+    return operands.library.empty((chunks.count(L, chunk) - 1, n * (n + 1), B, D, d), operands.accumulator)
 
 
 def forward(
@@ -120,9 +141,12 @@ def forward(
     pointer, empty = library.pointer, library.empty
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
     last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
-    saved = [empty((-(-L // every), B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)] if every else []
+    chunk = operands.chunk or 0
+    kept = chunks.kept(L, chunk or L, every) if every else 0
+    saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)] if every else []
+    carry = _carry(operands, chunk)
     arguments = abi.Forward(
-        given=_given(operands, every),
+        given=_given(operands, every, chunk, carry),
         h=pointer(h),
         c_last=[pointer(a) for a in last],
         saved=[pointer(a) for a in saved] or [0] * n_states,
@@ -145,7 +169,7 @@ def backward(
     """
     cell, acc, library = operands.cell, operands.accumulator, operands.library
     pointer, empty = library.pointer, library.empty
-    _, B, D, d = operands.sizes
+    L, B, D, d = operands.sizes
     gradients = {}
     for a in cell.arrays:
         if a.name in need and a.kind != "state":
@@ -154,11 +178,14 @@ def backward(
     dc0 = [empty((D, B, d), acc) for _ in cell.state]
     variant = operands.variant(name_of(saved[0].dtype))
     scratch = launch.needs_scratch(variant, every, library.device)
-    states = [empty((every, B, D, d), acc) if scratch else None for _ in cell.state]
-    row = d + library.row_padding
-    partial = empty((B, D, len(cell.params), row), acc)
+    chunk = operands._chunk(forward=False)
+    carry, count = _carry(operands, chunk), chunks.count(L, chunk) if chunk else 1
+    rows = count * min(every, chunk) if chunk else every
+    states = [empty((rows, B, D, d), acc) if scratch else None for _ in cell.state]
+    row, sums = d + library.row_padding, len(cell.params) + (len(cell.per_sequence) if chunk else 0)
+    partial = empty((count, B, D, sums, row), acc)
     arguments = abi.Backward(
-        given=_given(operands, every),
+        given=_given(operands, every, chunk, carry),
         dh=pointer(dh),
         dc_last=[pointer(a) for a in dc_last],
         saved=[pointer(a) for a in saved],
@@ -169,6 +196,7 @@ def backward(
         dper_sequence=_slots_of_kind(operands, "per_sequence", gradients),
         dparams=_slots_of_kind(operands, "params", gradients),
         dc0=[pointer(a) for a in dc0],
+        saved_chunk=operands.chunk or 0,
     )
     launch.run(variant, arguments, library.device, library.stream())
     return gradients, dc0

@@ -28,6 +28,8 @@ from .options import memory_policy
 from .plan import MAX_BATCHES, USUAL_MULTIPROCESSORS, Device, Plan
 from .variant import Variant
 
+_TIME_PARALLEL: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -41,6 +43,7 @@ class Kernel:
         p = self.plan
         kept = ("", "state kept", "some states kept")[p.keep]
         flags = {"mask": p.has_mask, "reset": p.has_reset, "scratch in shared memory": p.scratch_in_shared}
+        flags |= {"parallel over time": p.parallel, "after one that is": p.saved_in_chunks}
         if p.input_strides and not (p.forward or p.wants_inputs):
             flags["no dx"] = True
         options = ", ".join(filter(None, (kept, *(name for name, on in flags.items() if on))))
@@ -134,7 +137,7 @@ def kernels(options: argparse.Namespace) -> list[Kernel]:
 def _plans(call: Call, which: str, device: Device, batches: Sequence[int]) -> list[Plan]:
     if not batches:
         return call.general_plans(which, device)
-    plans = [call.plan(which, B, device) for B in batches]
+    plans = [p for B in batches for p in call.plans(which, B, device)]
     if len(batches) > MAX_BATCHES:  # in each process, those that come last get a kernel for any batch size
         plans += [replace(p, B=0) for p in plans]
     return plans
@@ -173,6 +176,7 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
             has_reset=options.reset,
             wants_x=not options.no_dx,
             L=L,
+            time_parallel=_TIME_PARALLEL[options.time_parallel],
         )
 
 

@@ -1,4 +1,6 @@
-"""The GPU's kernels on the small matrix of gpu_places.py, under the emulation, for a process with a sanitizer.
+"""The GPU's kernels on the small matrices of gpu_places.py and, in parallel over time, of test_time_parallel.py.
+
+They run under the emulation, in a process with a sanitizer:
 
     python emu_sanitized.py [--sources FOLDER] [--orders N ...] CASE [CASE ...]
 
@@ -17,7 +19,10 @@ from pathlib import Path
 import pytest
 
 from emu import fake_cupy
-from gpu_places import SMALL, at, judge, run, small_problem
+from gpu_places import SMALL, Problem, at, judge, run
+from test_time_parallel import CHUNKED
+
+CASES = SMALL | CHUNKED
 
 
 def main(names: list[str], orders: list[int], sources: Path | None) -> None:
@@ -30,9 +35,10 @@ def main(names: list[str], orders: list[int], sources: Path | None) -> None:
     ):
         for name, order in itertools.product(names, orders):
             os.environ["SRU_RT_EMU_ORDER"] = str(order)
-            problem, way = small_problem(name), SMALL[name][4]
+            *what, way = CASES[name]
+            problem = Problem.make(*what)
             way.go(patch)
-            judge(problem, run(place, problem, save=way.save))
+            judge(problem, run(place, problem, save=way.save, time_parallel=name in CHUNKED))
     print(f"ran {len(names) * len(orders)} recurrences: {', '.join(names)}")
 
 
@@ -40,6 +46,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--sources", type=Path)
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("cases", nargs="+", choices=SMALL, metavar="CASE")
+    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE")
     chosen = parser.parse_args()
     main(chosen.cases, chosen.orders, chosen.sources)

@@ -16,7 +16,7 @@ from typing import Any
 
 from sru_rt import abi, compile_gpu
 from sru_rt.cell import Cell
-from sru_rt.plan import ITEMSIZE
+from sru_rt.traffic import ITEMSIZE
 
 WHEELS = {12: "nvidia-cuda-nvrtc-cu12==12.9.*", 13: "nvidia-cuda-nvrtc==13.*"}
 
@@ -314,6 +314,8 @@ def arguments(
     reset: bool = False,
     need: tuple[str, ...] = ("gates", "inputs", "per_sequence", "params"),
     address: int = 1 << 20,
+    chunk: int = 0,
+    saved_chunk: int = 0,
 ) -> Any:
     """What recurrence.py would hand to the waist for arrays of `sizes` (L, B, D, d) that all begin at `address`."""
     L, B, D, d = sizes
@@ -339,6 +341,8 @@ def arguments(
         reset=address * reset,
         c0=single,
         constants=[1.0] * len(cell.constants),
+        chunk=chunk,
+        carry=address if chunk else 0,
         **slots,
     )
     if forward:
@@ -356,4 +360,5 @@ def arguments(
         dper_sequence=wanted["per_sequence"],
         dparams=wanted["params"],
         dc0=single,
+        saved_chunk=saved_chunk,
     )

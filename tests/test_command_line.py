@@ -18,7 +18,7 @@ import pytest
 import sru_rt
 from emu import emulator
 from sru_rt import __main__ as command_line
-from sru_rt import abi, cache, compile_gpu, launch, launch_gpu, plan, warm
+from sru_rt import abi, cache, chunks, compile_gpu, launch, launch_gpu, plan, warm
 from sru_rt.calls import MANY, Call
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import to_numpy
@@ -93,8 +93,12 @@ def looked_for(monkeypatch, calls, device: Device = DEVICE) -> set[tuple]:
         seen.add((variant, plan.plan(variant, arguments, device), device.arch))
         return really(variant, arguments, *rest)
 
+    def chunk(variant, sizes, forward, time_parallel, _):
+        return chunks.length(variant, sizes, forward, time_parallel, device)
+
     with monkeypatch.context() as patch:
         patch.setattr(launch, "run", spy)
+        patch.setattr(launch, "chunk", chunk)
         patch.setenv("SRU_RT_CPU", "numpy")
         calls()
     return seen
@@ -169,7 +173,7 @@ def test_calls_look_for_what_is_warmed(cell, monkeypatch, nvrtc, new_process):
         wanted = looked_for(monkeypatch, functools.partial(layer, cell, dtype, 5, B, d, D, save=save))
         shape = ("--d", str(d), "--directions", str(D), "--batch", str(B), "--dtype", dtype)
         name = {False: "no", True: "every", 3: "3"}[save]
-        assert wanted == warmed("--arch", "sm_90", "--cell", cell, *shape, "--save", name)
+        assert wanted == warmed("--arch", "sm_90", "--cell", cell, *shape, "--save", name, "--length", "5")
 
 
 @pytest.mark.parametrize("width, multiprocessors", [(1, 132), (2, 1)])
@@ -177,7 +181,7 @@ def test_pairs_of_channels(width, multiprocessors, monkeypatch, nvrtc, new_proce
     device = Device(90, multiprocessors)
     wanted = looked_for(monkeypatch, lambda: layer("sru", "float16", 3, 8, 64, save=2), device)
     assert {p.width for _, p, _ in wanted} == {width}
-    arguments = "--arch sm_90 --cell sru --dtype float16 --d 64 --batch 8 --save 2 --multiprocessors"
+    arguments = "--arch sm_90 --cell sru --dtype float16 --d 64 --batch 8 --save 2 --length 3 --multiprocessors"
     assert wanted == warmed(*arguments.split(), str(multiprocessors))
 
 
@@ -199,8 +203,10 @@ def test_options_are_those_of_calls(arguments, given, monkeypatch, nvrtc, new_pr
     if "no every" in arguments:
         wanted |= looked_for(monkeypatch, lambda: layer("sru", "float16", B=2, d=32, L=1))
     base = "--arch sm_90 --cell sru --dtype float16 --d 32 --batch 2"
+    if "--length" not in arguments:
+        arguments += f" --length {given['L']}"
     assert wanted == warmed(*base.split(), *arguments.split())
-    plain = warmed(*base.split(), "--save", "every" if "every" in arguments else "no")
+    plain = warmed(*base.split(), "--save", "every" if "every" in arguments else "no", "--length", "6")
     assert wanted != plain  # so the option matters
 
 
@@ -214,6 +220,40 @@ def test_short_sequences(monkeypatch, nvrtc, new_process):
         )
         assert found[L] == warmed(*base, "--length", str(L))
     assert found[6] != found[40] == warmed(*base)
+
+
+@pytest.mark.parametrize("how, length", [("auto", 300), ("auto", 200), ("yes", 200), ("no", 300)])
+@pytest.mark.parametrize("cell, save", [("sru_no_v", 3), ("sru", 3), ("sru", True)])
+def test_calls_in_parallel_over_time(cell, save, how, length, monkeypatch, nvrtc, new_process):
+    how_called = {"auto": "auto", "yes": True, "no": False}[how]
+    call = functools.partial(layer, cell, "float32", length, 2, 16, save=save, time_parallel=how_called)
+    wanted = looked_for(monkeypatch, call)
+    base = f"--arch sm_90 --cell {cell} --dtype float32 --d 16 --time-parallel {how}".split()
+    base += ["--save", "every" if save is True else "3"]
+    assert wanted == warmed(*base, "--batch", "2", "--length", str(length))
+    parallel = {(p.forward, p.parallel) for _, p, _ in wanted}
+    assert parallel == {
+        (True, (how, length) in (("auto", 300), ("yes", 200)) and cell == "sru_no_v"),
+        (False, (how, length) in (("auto", 300), ("yes", 200))),
+    }
+    short = looked_for(monkeypatch, functools.partial(layer, cell, "float32", 5, 2, 16, save=save))
+    assert wanted | short == warmed(*base, "--batch", "2") or length == 200
+    assert {(v, replace(p, B=0), a) for v, p, a in wanted | short} <= warmed(*base)
+
+
+def test_kernels_for_any_batch_size_with_and_without_chunks(new_process):
+    """Forward and backward stop being parallel at different batch sizes."""
+    for cell, time_parallel in (("sru_no_v", "auto"), ("sru", "auto"), ("sru_no_v", True), ("sru_no_v", False)):
+        call = Call(CELLS[cell], "float32", 1, 64, every=3, time_parallel=time_parallel)
+        for which in call.passes:
+            every_batch = {replace(p, B=0) for B in range(1, 300) for p in call.plans(which, B, DEVICE)}
+            found = call.general_plans(which, DEVICE)
+            assert every_batch <= set(found), (cell, time_parallel, which)
+    kinds = {
+        (p.parallel, p.saved_in_chunks)
+        for p in Call(CELLS["sru_no_v"], "float32", 1, 64, 3).general_plans("backward", DEVICE)
+    }
+    assert {(False, False), (True, True)} <= kinds
 
 
 def test_one_token(monkeypatch, nvrtc, new_process):
@@ -233,7 +273,7 @@ def test_kernels_for_any_batch_size(d, dtype, save, new_process):
     """They are those of every batch size there is."""
     call = Call(CELLS["sru"], dtype, 1, d, every=save)
     for device, which in itertools.product((DEVICE, Device(75, 3)), call.passes):
-        every_batch = {replace(call.plan(which, B, device), B=0) for B in range(1, 2200)}
+        every_batch = {replace(p, B=0) for B in range(1, 2200) for p in call.plans(which, B, device)}
         found = call.general_plans(which, device)
         assert len(found) == len(set(found)) < 20
         assert every_batch <= set(found)
@@ -259,6 +299,7 @@ def test_many_batch_sizes_share_kernels_beyond_their_own(nvrtc, new_process):
 
 def test_several_values_stand_for_calls_with_each(nvrtc, new_process):
     base = "--cell sru sru_no_v --dtype float32 float64 --d 16 32 --batch 3 4 --directions 1 2 --save no every".split()
+    base += ["--length", "5"]
     found = warmed("--arch", "sm_80", "90", *base)
     assert len(found) == 2 * 2 * 2 * 2 * 2 * 2 * 3
     assert {a for _, _, a in found} == {80, 90}
@@ -269,7 +310,7 @@ def test_several_values_stand_for_calls_with_each(nvrtc, new_process):
 
 
 def test_a_warm_cache_is_used(folder, monkeypatch, nvrtc, new_process, capsys):
-    arguments = "warm --arch sm_90 --cell sru --dtype float32 --d 16 --batch 3 --save no 2".split()
+    arguments = "warm --arch sm_90 --cell sru --dtype float32 --d 16 --batch 3 --save no 2 --length 5".split()
     assert command_line.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(re.search(r": compiled in \d+\.\d\d s$", line) for line in lines[:3])

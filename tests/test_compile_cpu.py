@@ -730,13 +730,14 @@ def numbered(counts: tuple[int, ...], forward: bool) -> tuple[Any, list[int]]:
     first = dict(zip(("L", "B", "D", "d", "every", "lengths", "mask", "reset"), take(8)))
     kinds = {"gates": gates, "inputs": inputs, "per_sequence": per_sequence, "params": params}
     first |= {kind: slots(n) for kind, n in kinds.items()}
-    given = abi.Given(**first, c0=take(state), constants=[float(i) for i in take(constants)])
+    first |= {"c0": take(state), "constants": [float(i) for i in take(constants)]}
+    given = abi.Given(**first, **dict(zip(("chunk", "carry"), take(2))))
     if forward:
         arguments: Any = abi.Forward(given=given, h=next(number), c_last=take(state), saved=take(state))
     else:
         own = {"dh": next(number), "dc_last": take(state), "saved": take(state), "states": take(state)}
         own |= {"partial": abi.Slot(next(number), next(number))} | {f"d{kind}": slots(n) for kind, n in kinds.items()}
-        arguments = abi.Backward(given=given, **own, dc0=take(state))
+        arguments = abi.Backward(given=given, **own, dc0=take(state), saved_chunk=next(number))
     return arguments, list(range(1, next(number)))
 
 

@@ -552,11 +552,50 @@ def test_text_holds_each_operation_of_the_graph_once():
     ):
         cell = sru_cell(options)
         formula = cell.formula
-        forward, gradient = (part.split(") {", 1)[1] for part in emit(cell).split("SRU_FN void ")[1:])
-        for text, outputs in ((forward, [*formula.new_state, formula.h]), (gradient, list(formula.gradient.values()))):
+        parts = [part.split(") {", 1)[1] for part in emit(cell).split("SRU_FN void ")[1:]]
+        wanted = [[*formula.new_state, formula.h], list(formula.gradient.values()), list(formula.jacobian)]
+        assert len(parts) == len(wanted)
+        for text, outputs in zip(parts, wanted):
             infix = len(re.findall(r" [+*/-] ", text))
             calls = len(re.findall(r"\b(?:sigmoid|tanh)\(", text))
             signs = sum(node.op == "neg" for node in topological(outputs))
             complements = re.findall(r"fma\(-(\w+), (\w+), \1\)", text)
             repeated = len(complements) - len({y for _, y in complements})
             assert infix + calls + 2 * text.count("fma(") == operations(outputs) - signs + repeated, cell.name
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Jacobian
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_jacobian_by_finite_differences(name):
+    cell, n = EXAMPLES[name].cell, len(EXAMPLES[name].cell.state)
+    rng = np.random.default_rng(2)
+    values = {name: rng.normal(size=20) for name in cell.names}
+    order, new = topological(cell.formula.new_state), cell.formula.new_state
+    found = evaluate(topological(cell.formula.jacobian), values, FLOAT64)
+    assert len(cell.formula.jacobian) == n * n
+    for j, state in enumerate(cell.state):
+        ends = [evaluate(order, values | {state: values[state] + e}, FLOAT64) for e in (1e-6, -1e-6)]
+        for i in range(n):
+            wanted = (ends[0][new[i]] - ends[1][new[i]]) / 2e-6
+            got = np.broadcast_to(found[cell.formula.jacobian[i * n + j]], wanted.shape)
+            np.testing.assert_allclose(got, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_jacobian_of_an_affine_cell_does_not_read_the_states():
+    for cell in (EXAMPLES["oscillator"].cell, sru_cell(Options(v="none")), sru_cell(Options(v="none", dropout=True))):
+        assert cell.affine
+        read = {node.args[0] for node in topological(cell.formula.jacobian) if node.op == "input"}
+        assert read and not read & set(cell.state)
+
+
+def test_no_jacobian_of_many_states():
+    def rotate(a, p, q, r):
+        return a * q, a * r, a * p, p
+
+    cell = own_cell(rotate, gates="a", state="p q r")
+    assert cell.affine and cell.formula.jacobian == ()
+    assert "jacobian" not in emit(cell) and "jacobian" in emit(EXAMPLES["oscillator"].cell)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from sru_rt import compile_gpu, plan, source
+from sru_rt import chunks, compile_gpu, plan, source
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import CacheError, CompileError
@@ -89,6 +89,10 @@ POLICIES = {
     "forward, 1 of K": (True, lambda K: K),
     "backward, all": (False, lambda K: 1),
     "backward, 1 of K": (False, lambda K: K),
+    # Parallel over time, where the cell allows it.
+    "forward, 1 of K, in chunks": (True, lambda K: K),
+    "backward, all, in chunks": (False, lambda K: 1),
+    "backward, 1 of K, in chunks": (False, lambda K: K),
 }
 ARCHS = tuple(plan.USUAL_MULTIPROCESSORS)
 
@@ -97,7 +101,7 @@ def matrix(major: int) -> list[tuple[str, str, str, str, int]]:
     """(cell, dtype, policy, scene, architecture).
 
     With the library's main release every cell, dtype and policy meet; scenes and architectures take turns, in cycles
-    of 9 and 7, which have no factor in common with each other or with the 20 dtypes and policies, so that any two
+    of 9 and 7, which have no factor in common with each other or with the 32 dtypes and policies, so that any two
     values of different columns meet. The other release has as many of these rows as it takes for the latter, looked
     for in steps of 11, by which they are fewest.
     """
@@ -123,6 +127,10 @@ def planned(cell: str, dtype: str, policy: str, scene: str, arch: int) -> tuple[
     arguments = nvrtc.arguments(
         variant.cell, dtype, s.sizes, forward=forward, every=every(s.K), mask=s.mask, reset=s.reset, need=s.need
     )
+    if policy.endswith("in chunks") and s.sizes[0] > 1:
+        cut, saved = (64 if chunks.possible(variant.cell, forward) else 0 for forward in (forward, True))
+        arguments = arguments._replace(given=arguments.given._replace(chunk=cut, carry=1 << 20))
+        arguments = arguments if forward else arguments._replace(saved_chunk=saved)
     made = plan.plan(variant, arguments, plan.Device(arch, plan.USUAL_MULTIPROCESSORS[arch]))
     return variant, replace(made, B=0) if s.any_batch else made
 
@@ -164,11 +172,11 @@ def test_kernels_compile_and_nothing_spills(major, arch):
         if row[-1] != arch:
             continue
         found = nvrtc.resources(log)
-        assert set(found) == ({"forward"} if made.forward else {"backward", "sum_partials"})
+        assert set(found) == set(made.kernels)
         for kernel, used in found.items():
             n += 1
-            threads = 256 if kernel == "sum_partials" else made.threads
-            shared = used.shared + (dynamic if kernel != "sum_partials" else 0)
+            threads = 256 if kernel.startswith("sum_") else made.threads
+            shared = used.shared + (0 if kernel.startswith("sum_") else dynamic)
             if used.spill_stores or used.spill_loads or used.stack:
                 faults.append(f"{row}: {kernel} spills: {used}, plan {made}")
             if used.registers * threads > 1 << 16 or shared > 48 << 10:
@@ -184,6 +192,8 @@ def test_plans_of_the_matrix_differ():
     assert {made.width for made in plans} == {1, 2}
     assert {made.depth for made in plans} == set(plan._DEPTHS)
     assert {made.B == 0 for made in plans} == {made.D == 2 for made in plans} == {False, True}
+    assert {made.parallel for made in plans} == {made.saved_in_chunks for made in plans} == {False, True}
+    assert {made.reduce_reads_state for made in plans if made.parallel and not made.forward} == {False, True}
     assert {made.scratch_in_shared for made in plans if made.keep > 1 and not made.forward} == {False, True}
 
 

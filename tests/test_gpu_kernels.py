@@ -57,12 +57,12 @@ TOGETHER = {"sru": [("D", "layout", "save")]}
 
 @functools.cache
 def covering(cell: str, strength: int) -> list[dict[str, Any]]:
-    """Rows in which every choice of `strength` factors takes every combination of values, and so do those of TOGETHER.
+    """Rows of the matrix of a cell, in which the values of TOGETHER meet as well."""
+    return covering_rows(MATRIX[cell], groups_of(cell, strength))
 
-    Greedy, but always the same.
-    """
-    matrix = MATRIX[cell]
-    groups = groups_of(cell, strength)
+
+def covering_rows(matrix: Mapping[str, Sequence[Any]], groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Rows in which the factors of each group take every combination of values. Greedy, but always the same."""
     missing = {
         tuple(zip(group, values)): None  # in order, unlike a set
         for group in groups

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent / "emu_sanitized.py"
 
 @dataclass(frozen=True)
 class Job:
-    """One process: the cases of the small matrix that it runs, in which orders, and the bug in its copy of the sources.
+    """One process: the small cases that it runs, in which orders, and the bug in its copy of the sources.
 
     ThreadSanitizer takes a millisecond for every thread, so it is given few.
     """
@@ -34,18 +34,21 @@ class Job:
     mode: str
     cases: str
     orders: tuple[int, ...] = (0, 1, 2, 3)
-    old: str = ""  # in gpu_sweep.h
+    old: str = ""  # in `file`
     new: str = ""
     report: str = ""  # what the sanitizer must say
+    file: str = "gpu_sweep.h"
 
 
 CLEAN = {
     "asan": Job("asan", "plain pairs recomputed recomputed_pairs per_step basic"),
     "asan, other cells": Job("asan", "qrnn qrnn_recomputed_pairs mingru minlstm", (0, 2)),
+    "asan, chunks": Job("asan", "chunks chunks_recomputed chunks_of_pairs"),
     "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
     "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
     "tsan, 3": Job("tsan", "plain per_step", (2,)),
     "tsan, other cells": Job("tsan", "qrnn_recomputed_pairs mingru minlstm", (1,)),
+    "tsan, chunks": Job("tsan", "chunks chunks_recomputed chunks_of_pairs", (1,)),
 }
 
 HEAP = r"AddressSanitizer: heap-buffer-overflow"
@@ -72,8 +75,8 @@ PLANTED = {
         "asan",
         "plain",
         (0,),
-        "for (index_t b = threadIdx.y; b < batch(f.given); b += groups)",
-        "for (index_t b = threadIdx.y; b <= batch(f.given); b += groups)",
+        "to && i < n; i += groups",
+        "to && i <= n; i += groups",
         HEAP,
     ),
     "recompute one state too many": Job(
@@ -104,16 +107,41 @@ PLANTED = {
         "tsan",
         "pairs",
         (0,),
-        "(at.row(reverse) * Cell::n_params + i) * f.partial.stride",
-        "i * f.partial.stride",
+        "f.partial.data + row * n_sums * f.partial.stride",
+        "f.partial.data",
         RACE,
     ),
     "share recomputed states": Job(
         "tsan",
         "recomputed",
         (2,),
-        "i * f.given.every * step + threadIdx.x * width",
-        "i * f.given.every * step",
+        "i * a.every * step + threadIdx.x * width",
+        "i * a.every * step",
+        RACE,
+    ),
+    "summarise one chunk too many": Job(
+        "asan",
+        "chunks",
+        (0,),
+        "work.sum.write(a, at, reverse, blockIdx.z);",
+        "work.sum.write(a, at, reverse, blockIdx.z + 1);",
+        HEAP,
+        "gpu_scan.h",
+    ),
+    "go beyond the last chunk": Job(
+        "asan",
+        "chunks",
+        (0,),
+        "to = clamp(from + a.chunk, 0, L);",
+        "to = from + a.chunk;",
+        HEAP,
+    ),
+    "share summaries": Job(
+        "tsan",
+        "chunks",
+        (1,),
+        "((chunk * carry_rows + i) * batch(a) * Plan::D + at.row(q))",
+        "(i * batch(a) * Plan::D + at.row(q))",
         RACE,
     ),
 }
@@ -122,9 +150,9 @@ PLANTED = {
 def planted(job: Job, folder: Path) -> Path:
     """A copy of the sources with the bug in it."""
     copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda"))
-    text = (copy / "gpu_sweep.h").read_text()
-    assert text.count(job.old) == 1, f"{job.old!r} does not stand in gpu_sweep.h exactly once; plant the bug anew"
-    (copy / "gpu_sweep.h").write_text(text.replace(job.old, job.new))
+    text = (copy / job.file).read_text()
+    assert text.count(job.old) == 1, f"{job.old!r} does not stand in {job.file} exactly once; plant the bug anew"
+    (copy / job.file).write_text(text.replace(job.old, job.new))
     return copy
 
 
@@ -169,5 +197,5 @@ def test_the_kernels_are_clean(name, outcome):
 def test_a_planted_bug_is_reported(name, outcome):
     status, output = outcome(name)
     assert re.search(PLANTED[name].report, output), f"status {status}\n{output[-4000:]}"
-    assert re.search(r"(gpu_sweep|port_gpu)\.h:\d+", output), output[-4000:]
+    assert re.search(r"(gpu_sweep|gpu_scan|port_gpu)\.h:\d+", output), output[-4000:]
     assert status != 0

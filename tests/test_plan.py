@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 
 from nvrtc import arguments
-from sru_rt import launch_gpu, plan, source
+from sru_rt import chunks, launch_gpu, plan, source, traffic
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
@@ -47,7 +47,7 @@ def made(dtype="float32", sizes=USUAL, device=H200, cell=SRU, **options) -> Plan
 
 def ring_registers(cell: Cell, dtype: str, p: Plan, wide: int = 0) -> int:
     """Of one thread: what the C++ keeps of a row that is read ahead, with two 16-bit channels in one register."""
-    item, state = plan.ITEMSIZE[dtype], plan.ITEMSIZE[state_dtype(dtype)]
+    item, state = traffic.ITEMSIZE[dtype], traffic.ITEMSIZE[state_dtype(dtype)]
     items = [item] * len(cell.gates) + [state if wide >> i & 1 else item for i in range(len(cell.inputs))]
     if not p.forward:
         items += [item] + [state] * len(cell.state)
@@ -94,7 +94,7 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
         assert not p.scratch_in_shared and shared == 0
     else:
         assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
-        assert shared == p.scratch_in_shared * every * p.threads * p.width * plan.ITEMSIZE[state_dtype(dtype)]
+        assert shared == p.scratch_in_shared * every * p.threads * p.width * traffic.ITEMSIZE[state_dtype(dtype)]
 
 
 @pytest.mark.parametrize("forward", [True, False])
@@ -262,7 +262,8 @@ def test_the_kernel_text_holds_the_whole_plan():
     base = made("bfloat16", forward=False, every=32)
     changed = dict(width=2, depth=4, threads=64, B=99, D=2, d=2048, gate_stride=7, input_strides=(5,), keep=1)
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
-    changed |= dict(forward=True, replay_depth=2)
+    changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True)
+    changed |= dict(reduce_reads_state=True, saved_in_chunks=True)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
@@ -321,6 +322,149 @@ def test_override_that_asks_for_more_shared_memory_than_there_is(monkeypatch):
         made(forward=False, every=32)
     monkeypatch.setenv("SRU_RT_PLAN", "threads=384")
     assert made(forward=False, every=32).scratch_in_shared
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parallel over time
+
+
+AFFINE = CELLS["sru_no_v"]
+FEW = (65536, 1, 1, 1024)
+
+
+def chunk(sizes=FEW, forward=True, how: bool | str = "auto", cell=AFFINE, dtype="float32", device=H200, **options):
+    return chunks.length(variant(cell, dtype, **options), sizes, forward, how, device)
+
+
+def test_steps_that_cannot_be_composed_stay_sequential():
+    three = Cell("three", lambda a, p, q, r: (a * q, a * r, a * p, p), (
+        Array("u", "gates", ("a",)),
+        *(Array(f"{n}0", "state", (n,)) for n in "pqr"),
+    ))  # fmt: skip
+    cut = {
+        cell.name: tuple(chunk(cell=cell, forward=f, how=True) > 0 for f in (True, False))
+        for cell in (three, SRU, AFFINE)
+    }
+    assert cut == {"three": (False, False), "sru": (False, True), "sru_no_v": (True, True)}
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ((65, 1, 1, 8), 64),
+        ((64, 1, 1, 8), 0),  # one chunk
+        ((65536, 1, 1, 1024), 512),
+        ((16384, 1, 1, 1024), 128),
+        ((16384, 1, 2, 512), 128),
+        ((65536, 8, 1, 1024), 1024),
+        ((2048, 1, 1, 1024), 64),
+        ((1 << 27, 1, 1, 1), 4096),  # a grid holds no more than 65535 chunks
+        ((1, 1, 1, 8), 0),
+        ((0, 1, 1, 8), 0),
+        ((500, 0, 1, 8), 0),
+    ],
+)
+def test_length_of_chunks(sizes, expected):
+    assert chunk(sizes, how=True) == expected
+    assert chunk(sizes, how=False) == 0
+
+
+@hypothesis.given(L=st.integers(2, 1 << 31), channels=st.integers(1, 1 << 20), chosen=st.sampled_from((0, 1, 3, 4096)))
+def test_chunks_fit_a_grid(L, channels, chosen):
+    length = chunks._length(L, channels, chosen, H200)
+    assert chunks.count(L, length) <= 65535
+    assert length >= chosen if chosen else length >= 64 and length & (length - 1) == 0
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("dtype", IO_DTYPES)
+def test_few_channels_are_cut_and_many_are_not(dtype, forward):
+    cut = [chunk((4096, B, 1, 256), forward, dtype=dtype) > 0 for B in (1, 4, 8, 16, 32, 64, 128, 256, 512)]
+    assert cut == sorted(cut, reverse=True) and cut[0] and not cut[-1]
+    assert chunk((255, 1, 1, 256), forward, dtype=dtype) == 0 < chunk((256, 1, 1, 256), forward, dtype=dtype)
+    assert chunk((255, 1, 1, 256), forward, how=True, dtype=dtype) == 64
+
+
+def test_where_it_begins_to_pay():
+    """float32, forward: 32 steps of 16 bytes in flight at most, where 32 KiB are needed, against 8 of 20 bytes more."""
+    limit = 132 * (32 << 10) / (32 * 16) / (1 + 8 / 20)
+    assert chunk((4096, 1, 1, int(limit))) > 0 == chunk((4096, 1, 1, int(limit) + 1))
+    # backward: rings of 16 steps of 24 bytes; summaries read uf, ur and dh again, of 40 bytes that are moved.
+    limit = 132 * (32 << 10) / (16 * 24) / (1 + 12 / 40)
+    assert chunk((4096, 1, 1, int(limit)), forward=False) > 0 == chunk((4096, 1, 1, int(limit) + 1), forward=False)
+
+
+def test_what_summaries_read():
+    assert traffic.reduced(variant(AFFINE), True, 1) == [4, 4]  # u0, uf
+    assert traffic.reduced(variant(AFFINE), False, 1) == [4, 4, 4]  # uf, ur, dh
+    assert traffic.reduced(variant(SRU, "bfloat16"), False, 1) == [2, 2, 2, 2, 2, 4]
+    assert traffic.reduced(variant(SRU, "bfloat16", saved_dtype="bfloat16"), False, 1) == [2] * 6
+    assert traffic.reduced(variant(SRU, "bfloat16", saved_dtype="bfloat16"), False, 2) == [2, 2, 2, 2, 2, 4]
+    assert not traffic.reduction_reads_state(AFFINE) and traffic.reduction_reads_state(SRU)
+
+
+def test_the_decision_does_not_depend_on_what_is_kept():
+    for B in range(1, 40):
+        assert (
+            len({chunk((4096, B, 1, 256), False, dtype="float16", saved_dtype=s) for s in ("float16", "float32")}) == 1
+        )
+
+
+@pytest.mark.parametrize(
+    "L, cut, every, expected", [(20, 20, 3, 7), (20, 6, 3, 7), (20, 6, 1, 20), (20, 6, 50, 4), (18, 6, 4, 6)]
+)
+def test_states_kept_of_chunks(L, cut, every, expected):
+    kept = {start + n for start in range(0, L, cut) for n in range(0, cut, every) if start + n < L}
+    assert chunks.kept(L, cut, every) == len(kept) == expected
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("dtype", IO_DTYPES)
+def test_sizes_do_not_change_the_parallel_kernels(dtype, forward):
+    plans = {
+        replace(made(dtype, (L, B, 1, 64), forward=forward, every=every, chunk=C), B=0, keep=0)
+        for L, B, every, C in ((65, 1, 1, 64), (65536, 1, 1, 64), (1 << 20, 300, 1, 1024), (2000, 16, 1, 3))
+    }
+    assert len(plans) == 1
+    (p,) = plans
+    assert p.parallel and p.width == (2 if dtype in ("float16", "bfloat16") else 1) and p.reduce_depth >= 4
+    assert p.kernels[:2] == ("reduce", "fold")
+
+
+def test_chunks_have_kernels_of_their_own():
+    given = {"forward": False, "every": 3}
+    plans = [
+        made(**given),
+        made(chunk=64, **given),
+        made(saved_chunk=64, **given),
+        made(chunk=64, saved_chunk=64, **given),
+    ]
+    assert len(set(plans)) == 4
+    assert [p.saved_in_chunks for p in plans] == [False, False, True, True]
+    assert made(forward=False, every=1, saved_chunk=64) == made(forward=False, every=1)
+    calls = [arguments(SRU, "float32", USUAL, chunk=c, saved_chunk=s, **given) for c in (0, 64) for s in (0, 64)]
+    assert len({launch_gpu._key(variant(), call, 0) for call in calls}) == 4
+    other = arguments(SRU, "float32", USUAL, chunk=128, saved_chunk=32, **given)
+    assert launch_gpu._key(variant(), other, 0) == launch_gpu._key(variant(), calls[-1], 0)
+
+
+def test_carried_states_are_pairs_as_well():
+    given = arguments(AFFINE, "bfloat16", LARGE, chunk=64)
+    assert widths(given, cell=AFFINE) == 2
+    assert widths(given._replace(given=given.given._replace(carry=given.given.carry + 4)), cell=AFFINE) == 1
+
+
+def test_override_of_the_chunk(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "chunk=100,depth=5")
+    assert chunk() == 100
+    assert chunk((200, 1, 1, 8)) == 0 and chunk((200, 1, 1, 8), how=True) == 100 and chunk(how=False) == 0
+    p = made(forward=False, every=3, chunk=100)
+    assert (p.depth, p.replay_depth, p.reduce_depth) == (5, 5, 5)
+    monkeypatch.setenv("SRU_RT_PLAN", "chunk=0")
+    with pytest.raises(ArgumentError, match=r"SRU_RT_PLAN has chunk=0; .*chunk=1 or more"):
+        chunk()
+    with pytest.raises(ArgumentError, match="SRU_RT_PLAN has chunk=0"):
+        made()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

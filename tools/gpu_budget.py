@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
 import nvrtc  # noqa: E402
-from sru_rt import compile_gpu, plan  # noqa: E402
+from sru_rt import chunks, compile_gpu, plan  # noqa: E402
 from sru_rt.cell import ADJOINT_OF_H, Cell, adjoint_of  # noqa: E402
 from sru_rt.cells import named_cells  # noqa: E402
 from sru_rt.dtypes import state_dtype  # noqa: E402
 from sru_rt.graph import Node  # noqa: E402
+from sru_rt.traffic import ITEMSIZE, reduced, replayed  # noqa: E402
 from sru_rt.variant import Variant  # noqa: E402
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
@@ -45,7 +46,15 @@ PASSES = {
     "backward, all states kept": (False, 1),
     "backward, 1 of 32 kept": (False, 32),
 }
+# The same of kernels that are parallel over time: what chunks are summarised by, and then swept by.
+IN_CHUNKS = {
+    "forward, summaries of chunks": (True, 1),
+    "forward, chunk by chunk": (True, 1),
+    "backward, summaries of chunks": (False, 1),
+    "backward, chunk by chunk": (False, 1),
+}
 USUAL = (2048, 16, 1, 1024)  # L, B, D, d
+FEW = (65536, 1, 1, 1024)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Entry:
 
     cell: str
     dtype: str
-    which: str  # of PASSES
+    which: str  # of PASSES or IN_CHUNKS
     sizes: tuple[int, int, int, int] = USUAL
     arch: int = 90
 
@@ -64,14 +73,20 @@ class Entry:
         return f"{self.cell}, {self.dtype}, {self.which}, L={L} B={B} D={D} d={d}, sm_{self.arch}"
 
     @property
+    def kept(self) -> tuple[bool, int]:
+        return (PASSES | IN_CHUNKS)[self.which]
+
+    @property
     def kernel(self) -> str:
-        return "forward" if PASSES[self.which][0] else "backward"
+        return "reduce" if "summaries" in self.which else "forward" if self.kept[0] else "backward"
 
     def planned(self) -> tuple[Variant, plan.Plan]:
         """What the library makes of it. The plan is that of an array whose batch size has its own kernel."""
-        forward, every = PASSES[self.which]
+        forward, every = self.kept
         variant = Variant(_cells()[self.cell], self.dtype, state_dtype(self.dtype))
         arguments = nvrtc.arguments(variant.cell, self.dtype, self.sizes, forward=forward, every=every)
+        if self.which in IN_CHUNKS:
+            arguments = arguments._replace(given=arguments.given._replace(chunk=512, carry=1 << 20))
         device = plan.Device(self.arch, plan.USUAL_MULTIPROCESSORS[self.arch])
         return variant, plan.plan(variant, arguments, device)
 
@@ -99,6 +114,9 @@ def entries() -> list[Entry]:
     for arch, dtype, which in itertools.product(ARCHS, both, usual[1:]):
         if arch != 90:
             found.append(Entry(first, dtype, which, arch=arch))
+    for cell, dtype, which in itertools.product((first, "sru_no_v"), both, IN_CHUNKS):
+        if chunks.possible(_cells()[cell], IN_CHUNKS[which][0]):
+            found.append(Entry(cell, dtype, which, FEW))
     return found
 
 
@@ -109,11 +127,15 @@ def measure(entry: Entry) -> dict[str, Any]:
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
-    every = PASSES[entry.which][1]
-    result["shared"] = used.shared + plan.shared_bytes(variant, made, every)
+    if entry.kernel == "reduce":
+        result["depth"] = made.reduce_depth
+    result["shared"] = used.shared + plan.shared_bytes(variant, made, entry.kept[1])
     if entry.arch == 90:
         text = nvrtc.disassemble(code)
-        counted = nvrtc.steady(text, entry.kernel, sweeps(variant, made), made.width * made.D)
+        loops = sweeps(variant, made)
+        if entry.kernel == "reduce":
+            loops = [(made.reduce_depth, len(reduced(variant, made.forward, made.keep)))]
+        counted = nvrtc.steady(text, entry.kernel, loops, made.width * made.D)
         result |= asdict(counted)
     return result
 
@@ -124,7 +146,7 @@ def sweeps(variant: Variant, made: plan.Plan) -> list[tuple[int, int]]:
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
     found = [(made.depth, inputs + (0 if made.forward else 1 + states))]
     if made.keep > 1 and not made.forward:
-        found.append((made.replay_depth, len(plan.replayed(variant))))
+        found.append((made.replay_depth, len(replayed(variant))))
     return found
 
 
@@ -152,7 +174,7 @@ OPERATION, SPECIAL_OPERATION = 4, 20
 
 def traffic(cell: Cell, dtype: str, forward: bool, every: int) -> tuple[float, float]:
     """Bytes that are read and written for one channel and step, each array once."""
-    item, state = plan.ITEMSIZE[dtype], plan.ITEMSIZE[state_dtype(dtype)]
+    item, state = ITEMSIZE[dtype], ITEMSIZE[state_dtype(dtype)]
     steps = len(cell.gates) + len(cell.inputs)
     kept = len(cell.state) * state / every if every else 0
     if forward:
@@ -230,7 +252,7 @@ class Prediction:
 
 def predict(entry: Entry, kernel: dict[str, Any]) -> Prediction:
     """For an H200. `kernel` is the entry's record."""
-    forward, every = PASSES[entry.which]
+    forward, every = entry.kept
     _, B, D, d = entry.sizes
     cell = _cells()[entry.cell]
     channels, width, threads = B * D * d, kernel["width"], kernel["threads"]
@@ -262,11 +284,13 @@ def tables(kernels: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The tables of the page, by name."""
     known = [(entry, kernels[entry.key]) for entry in entries()]
     usual = [(e, k) for e, k in known if e.sizes == USUAL and e.arch == 90 and e.cell in _cells()]
-    other = [(e, k) for e, k in known if e.arch == 90 and e.sizes[1:3] != USUAL[1:3]]
+    other = [(e, k) for e, k in known if e.arch == 90 and e.sizes[1:3] != USUAL[1:3] and e.which in PASSES]
+    in_chunks = [(e, k) for e, k in known if e.which in IN_CHUNKS]
     archs = [(e, k) for e, k in known if e.arch != 90]
     return {
         "usual size": _budget_table(usual),
         "other sizes": _budget_table(other, sized=True),
+        "in chunks": _chunks_table(in_chunks),
         "other architectures": _arch_table(archs),
     }
 
@@ -276,7 +300,7 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
     heads += ["special", "chain", "ns a step", "bound by, at best", "of a copy"]
     lines = []
     for entry, k in rows:
-        forward, every = PASSES[entry.which]
+        forward, every = entry.kept
         cell, expected = _cells()[entry.cell], predict(entry, k)
         reads, writes = traffic(cell, entry.dtype, forward, every)
         _, B, D, _ = entry.sizes
@@ -298,6 +322,24 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
                 f"{expected.memory / expected.worst:.0%} to {expected.memory / expected.best:.0%}" if single else "",
             ]
         )
+    return _markdown(heads, lines)
+
+
+def _chunks_table(rows: list[tuple[Entry, dict[str, Any]]]) -> str:
+    heads = ["cell", "dtype", "kernel", "loads", "width, depth, threads", "registers", "instructions", "special"]
+    lines = [
+        [
+            f"`{entry.cell}`",
+            entry.dtype,
+            entry.which,
+            f"{k['loads'] * k['width']:.0f}",
+            f"{k['width']}, {k['depth']}, {k['threads']}",
+            str(k["registers"]),
+            f"{k['instructions']:.1f}",
+            f"{k['mufu']:.1f}",
+        ]
+        for entry, k in rows
+    ]
     return _markdown(heads, lines)
 
 

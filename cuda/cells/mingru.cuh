@@ -44,4 +44,14 @@ struct mingru_cell {
     dparam[1] = dn;
     dstate[0] = t1;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uz = gate[0];
+    const real b_z = param[0];
+    const real z = sigmoid(uz + b_z);
+    jacobian[0] = real(1.0) - z;
+  }
 };

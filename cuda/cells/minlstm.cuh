@@ -50,4 +50,14 @@ struct minlstm_cell {
     dparam[2] = dn;
     dstate[0] = t3;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uf = gate[0], ui = gate[1];
+    const real b_f = param[0], b_i = param[1];
+    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    jacobian[0] = real(1.0) - i;
+  }
 };

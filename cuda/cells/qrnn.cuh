@@ -54,4 +54,14 @@ struct qrnn_cell {
     dparam[2] = duo;
     dstate[0] = dc * f;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uf = gate[1];
+    const real b_f = param[1];
+    const real f = sigmoid(uf + b_f);
+    jacobian[0] = f;
+  }
 };

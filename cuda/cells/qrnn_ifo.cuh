@@ -61,4 +61,14 @@ struct qrnn_ifo_cell {
     dparam[3] = dui;
     dstate[0] = t3;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uf = gate[1];
+    const real b_f = param[1];
+    const real f = sigmoid(uf + b_f);
+    jacobian[0] = f;
+  }
 };

@@ -60,4 +60,15 @@ struct qrnn_zoneout_cell {
     dparam[2] = duo;
     dstate[0] = dc * f;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uf = gate[1];
+    const real zoneout = input[0];
+    const real b_f = param[1];
+    const real f = fma(-zoneout, real(1.0) - sigmoid(uf + b_f), real(1.0));
+    jacobian[0] = f;
+  }
 };

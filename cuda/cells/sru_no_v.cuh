@@ -59,4 +59,14 @@ struct sru_no_v_cell {
     dparam[1] = dur;
     dstate[0] = dc * f;
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real uf = gate[1];
+    const real b_f = param[0];
+    const real f = sigmoid(uf + b_f);
+    jacobian[0] = f;
+  }
 };

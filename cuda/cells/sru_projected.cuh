@@ -54,4 +54,15 @@ struct sru_projected_cell {
     dparam[3] = dur * c_prev;
     dstate[0] = fma(duf, v_f, fma(dur, v_r, dc * f));
   }
+
+  // The derivatives of the new states by the states, row by row.
+  template <class real>
+  SRU_FN void jacobian(const real *gate, const real *input, const real *per_sequence, const real *param,
+                       const real *state, const real *constant, real *jacobian) {
+    const real u0 = gate[0], uf = gate[1];
+    const real b_f = param[0], v_f = param[2];
+    const real c_prev = state[0];
+    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    jacobian[0] = fma((c_prev - u0) * (f * (real(1.0) - f)), v_f, f);
+  }
 };

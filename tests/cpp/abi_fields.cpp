@@ -23,6 +23,7 @@ struct Fields {
     add(a.per_sequence, Cell::n_per_sequence), add(a.param, Cell::n_params);
     add(a.c0, Cell::n_state);
     for (int i = 0; i < Cell::n_constants; i++) add((index_t)a.constant[i]);
+    add(a.chunk), add(a.carry);
   }
   template <class Cell>
   void add(const ForwardArguments<Cell> &f) {
@@ -36,7 +37,7 @@ struct Fields {
     add(f.partial);
     add(f.dgate, Cell::n_gates), add(f.dinput, Cell::n_inputs);
     add(f.dper_sequence, Cell::n_per_sequence), add(f.dparam, Cell::n_params);
-    add(f.dc0, Cell::n_state);
+    add(f.dc0, Cell::n_state), add(f.saved_chunk);
   }
 };
 
