@@ -564,7 +564,6 @@ def test_text_holds_each_operation_of_the_graph_once():
             assert infix + calls + 2 * text.count("fma(") == operations(outputs) - signs + repeated, cell.name
 
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The Jacobian
 

@@ -24,7 +24,15 @@ from sru_rt.dtypes import to_numpy
 from sru_rt.recurrence import Operands
 from test_gpu_kernels import covering_rows, title
 
-PLAIN = {"cell": "sru", "kind": "x", "activation": "identity", "reset_on": "previous", "bias": True, "v": "none", "dropout": False}
+PLAIN = {
+    "cell": "sru",
+    "kind": "x",
+    "activation": "identity",
+    "reset_on": "previous",
+    "bias": True,
+    "v": "none",
+    "dropout": False,
+}
 # Affine or not, adjoints that need the states or do not, gates or inputs or values of a sequence that do not matter.
 CELLS: dict[str, dict[str, Any]] = {
     "no_v": PLAIN,
