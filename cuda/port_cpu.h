@@ -411,8 +411,9 @@ SRU_FN Real log(Real x) {
 // log(1 + exp(x)), without overflow and exact in both tails.
 template <class Real>
 SRU_FN Real softplus(Real x) {
-  const Real t = exp(-absolute(x)), u = Real(1) + t;
+  const Real t = exp(-absolute(x));
+  if constexpr (sizeof(typename Real::scalar) == 4) return maximum(x, Real(0)) + log1p_series(t / (Real(2) + t));
   // log1p(t): the rounding error of 1 + t is divided out (Kahan).
-  const Real l = where(u == Real(1), t, log(u) * (t / (u - Real(1))));
+  const Real u = Real(1) + t, l = where(u == Real(1), t, log(u) * (t / (u - Real(1))));
   return maximum(x, Real(0)) + l;
 }
