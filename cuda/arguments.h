@@ -25,7 +25,7 @@ struct RecurrenceArguments {
   const void *c0[Cell::n_state];
   double constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
   index_t chunk;  // on a GPU, steps of a chunk of time; 0: one thread takes all steps
-  void *carry;    // scratch, (chunks - 1, n*(n + 1), B, D, d) for n states, where there are chunks; see gpu_scan.h
+  void *carry;    // scratch, (chunks, n*(n + 1), B, D, d) for n states, where there are chunks; see gpu_scan.h
 };
 
 template <class Cell>

@@ -254,7 +254,9 @@ struct GpuScan {
     const Part at(a);
     if (at.idle) return;
     real start[n];
-    Sweep::start_state(a, at, Span<reverse>(a, at, 0), start);
+    Sweep::initial_state(a, at, reverse, start);
+    for (int i = 0; i < n; i++)  // the last chunk has no summary there
+      store(Sweep::carry(a, at, reverse, Sweep::chunks(a) - 1, i), narrow<acc>(start[i]));
     fold_chunks<true>(a, at, reverse, start, [&](index_t chunk, real *state) {
       const Span<reverse> span(a, at, chunk);
       const Fixed fixed(a, at, reverse);

@@ -280,15 +280,20 @@ struct GpuSweep {
     }
   };
 
-  // The state before a span: the initial one, or that which fold() has left.
+  SRU_FN void initial_state(const Given &a, const Part &at, int q, real *state) {
+    for (int i = 0; i < Cell::n_state; i++)
+      state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, q)) : real(0);
+  }
+
+  // The state before a span. Chunks take it from where fold() has left it, the first one too: `c_last` may be the
+  // memory of `c0`, and the last chunk may be done before the first one begins.
   template <bool reverse>
   SRU_FN void start_state(const Given &a, const Part &at, const Span<reverse> &span, real *state) {
-    for (int i = 0; i < Cell::n_state; i++) {
-      if (span.is_first())
-        state[i] = a.c0[i] ? read_each((const acc *)a.c0[i] + state_offset(a, at, reverse)) : real(0);
-      else
-        state[i] = widen(load_packed<acc, width>(carry(a, at, reverse, span.chunk - 1, i)));
-    }
+    if (Plan::parallel)
+      for (int i = 0; i < Cell::n_state; i++)
+        state[i] = widen(load_packed<acc, width>(carry(a, at, reverse, (span.chunk ? span.chunk : chunks(a)) - 1, i)));
+    else
+      initial_state(a, at, reverse, state);
   }
 
   template <bool reverse>

@@ -52,10 +52,10 @@ def chunk(
 
     Chunks want a `carry` and larger arrays of partial sums and recomputed states: see cuda/arguments.h.
     """
-    if device == "cpu":
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
         return 0
-    facts = launch_gpu.device_facts(int(device.partition(":")[2] or 0))
-    return chunks.length(variant, sizes, forward, time_parallel, facts)
+    return chunks.length(variant, sizes, forward, time_parallel, launch_gpu.device_facts(int(number or 0)))
 
 
 def _tasks(given: abi.Given) -> int:

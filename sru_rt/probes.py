@@ -239,6 +239,8 @@ def plans(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for which in call.passes:
                 made = call.plan(which, B, device)
                 row[which] = f"width {made.width}, depth {made.depth}, {made.threads} threads"
+                if any(p.parallel for p in call.plans(which, B, device)):
+                    row[which] += "; long sequences in parallel over time"
             rows.append(row)
     return rows
 

@@ -119,7 +119,7 @@ def _carry(operands: Operands, chunk: int) -> NDArray | None:
     if not chunk:
         return None
     (L, B, D, d), n = operands.sizes, len(operands.cell.state)
-    return operands.library.empty((chunks.count(L, chunk) - 1, n * (n + 1), B, D, d), operands.accumulator)
+    return operands.library.empty((chunks.count(L, chunk), n * (n + 1), B, D, d), operands.accumulator)
 
 
 def forward(

@@ -235,6 +235,10 @@ def test_plans_are_those_of_the_gpus():
     assert [r["multiprocessors"] for r in rows] == [132] * (len(rows) // 2) + [2] * (len(rows) // 2)
     assert rows[0]["forward"] != rows[len(rows) // 2]["forward"]
     assert {r["architecture"] for r in probes.plans([])} == {"sm_90"}
+    assert [("in parallel" in r["forward"], "in parallel" in r["backward"]) for r in rows[:2]] == [
+        (False, True),
+        (False, False),
+    ]
 
 
 def test_targets_of_architectures(monkeypatch):

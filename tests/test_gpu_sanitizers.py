@@ -124,7 +124,7 @@ PLANTED = {
         "chunks",
         (0,),
         "work.sum.write(a, at, reverse, blockIdx.z);",
-        "work.sum.write(a, at, reverse, blockIdx.z + 1);",
+        "work.sum.write(a, at, reverse, blockIdx.z + 2);",
         HEAP,
         "gpu_scan.h",
     ),

@@ -305,6 +305,22 @@ def test_initial_states_and_last_gradients_are_zeros_by_default(place, monkeypat
     same(results)
 
 
+@pytest.mark.parametrize("order", range(4))
+def test_the_state_may_be_updated_in_place(place, order, monkeypatch):
+    """Whichever chunk is first done."""
+    monkeypatch.setenv("SRU_RT_PLAN", "chunk=3")
+    monkeypatch.setenv("SRU_RT_EMU_ORDER", str(order))
+    problem = random_problem("float32", 11, 2, 2, 40)
+    problem.arrays["v"] = None
+    given = place.put(problem.arrays)
+    h, c_last = place.get(sru_rt.sru_recurrence(**given, time_parallel=True))
+    for save in (False, 4):
+        given = place.put(problem.arrays)
+        got = sru_rt.sru_recurrence(**given, time_parallel=True, save=save, out=(None, given["c0"]))
+        assert got[1].data.ptr == given["c0"].data.ptr
+        assert place.get(got[0]).tobytes() == h.tobytes() and place.get(got[1]).tobytes() == c_last.tobytes()
+
+
 def test_a_new_length_neither_plans_nor_compiles(place, monkeypatch):
     """Nor does another length of chunks."""
     problem = random_problem("float32", 20, 2, 1, 7)
@@ -460,7 +476,7 @@ def test_summaries_do_overflow_there(place, monkeypatch):
     both(place, at_place(place, given), 1, dh, dc_last)
     assert len(carries) == 2
     for scratch in carries:
-        A = place.get(scratch)[:, 1]
+        A = place.get(scratch)[:2, 1]
         assert A.shape == (2, 2, 2, 6) and np.isinf(A[..., ::2]).any() and np.isfinite(A[..., 1::2]).all()
 
 
