@@ -277,7 +277,8 @@ class Steady:
 def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int) -> Steady:
     """Counts the loops that read ahead, each divided by the steps of its lap and by `channels`, times directions.
 
-    `sweeps` has for each the steps of a lap and the loads from global memory of one step, by which a loop is known.
+    `sweeps` has for each the steps of a lap and the loads from global memory of one step, by which a loop is known. Of
+    two that read as much in a lap, the first is the one that writes to global memory.
     What is called from a loop, such as a division in float64, is not in it. A way past an instruction counts as if
     taken.
     """
@@ -286,7 +287,8 @@ def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int)
     for loop in innermost_loops(control_flow(text, kernel)):
         instructions = [operation for block in loop for operation in block.instructions if "NOP" not in operation]
         loads = _count(instructions, "LDG")
-        for steps in [steps for steps, each in sweeps if steps * each == loads][:1]:
+        fitting = [steps for steps, each in sweeps if steps * each == loads]
+        for steps in fitting[:1] if _count(instructions, "STG") else fitting[-1:]:
             missing.pop(steps, None)
             counts = [_count(instructions, name) if name else len(instructions) for name in names]
             totals = [total + n / steps / channels for total, n in zip(totals, counts)]
