@@ -6,11 +6,11 @@ functions lie as `recurrence` makes them: C-contiguous, at addresses that are mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from . import abi, chunks
-from .cell import Cell
+from .cell import Array, Cell
 from .dtypes import state_dtype
 from .plan import Device, Plan, plan
 from .traffic import ITEMSIZE
@@ -117,7 +117,7 @@ class Call:
             states=states,
             partial=abi.Slot(_ADDRESS, self.d),
             dgates=self._slots("gates"),
-            dinputs=self._slots("inputs", without="" if self.wants_x else "x"),
+            dinputs=self._slots("inputs", self._wants),
             dper_sequence=(),
             dparams=(),
             dc0=(),
@@ -145,12 +145,16 @@ class Call:
             carry=_ADDRESS * cut,
         )
 
-    def _slots(self, kind: str, without: str = "") -> list[abi.Slot]:
+    def _wants(self, array: Array) -> bool:
+        """Whether the gradient of an array is wanted."""
+        return array.differentiable and (self.wants_x or array.name != "x")
+
+    def _slots(self, kind: str, has: Callable[[Array], bool] = lambda array: True) -> list[abi.Slot]:
         slots = []
         row = self.d * ITEMSIZE[self.dtype]
         for array in self.cell.arrays:
             if array.kind == kind:
                 n = len(array.members)
                 there = [abi.Slot(_ADDRESS + i * row, n * self.d) for i in range(n)]
-                slots += [abi.NOT_WANTED] * n if array.name == without else there
+                slots += there if has(array) else [abi.NOT_WANTED] * n
         return slots

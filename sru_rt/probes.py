@@ -19,7 +19,7 @@ from . import cache as code_cache
 from . import compile_cpu, compile_gpu, selfcheck
 from . import settings as in_force
 from .calls import Call
-from .cells import named_cells
+from .cells.sru import Options, sru_cell
 from .errors import ArgumentError, CacheError, CompileError, SruRtError
 from .plan import USUAL_MULTIPROCESSORS, Device
 
@@ -233,7 +233,7 @@ def plans(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for device in dict.fromkeys(devices or [Device(90, USUAL_MULTIPROCESSORS[90])]):
         for B, d, dtype in _SHAPES:
-            call = Call(named_cells()[0], dtype, 1, d, every=1)
+            call = Call(sru_cell(Options()), dtype, 1, d, every=1)
             row: dict[str, Any] = {"architecture": f"sm_{device.arch}", "multiprocessors": device.multiprocessors}
             row |= {"dtype": dtype, "B": B, "d": d}
             for which in call.passes:

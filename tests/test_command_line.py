@@ -112,7 +112,10 @@ def layer(cell: str, dtype: str, L: int, B: int, d: int, D: int = 1, need=None, 
     def array(*shape):
         return rng.standard_normal(shape).astype(kind)
 
-    k = len(CELLS[cell].gates)
+    k, family = len(CELLS[cell].gates), cell.partition("_")[0]
+    if family != "sru":
+        _layer_of_others(family, cell, array, (L, B, D, d), need, given)
+        return
     gated = 1 if cell == "sru_basic_no_v" else 2
     arguments = {"x": array(L, B, D * d), "weight": array(D, k, d, D * d), "bias": array(D, gated, d)}
     arguments["v"] = None if cell.endswith("no_v") else array(D, gated, d)
@@ -123,6 +126,20 @@ def layer(cell: str, dtype: str, L: int, B: int, d: int, D: int = 1, need=None, 
     h, _, *saved = sru_rt.sru_forward(**arguments, **given)
     if saved:
         sru_rt.sru_backward(*saved, h, need=need)
+
+
+def _layer_of_others(family, cell, array, sizes, need, given):
+    L, B, D, d = sizes
+    k = len(CELLS[cell].gates)
+    arguments = {"x": array(L, B, D * d), "weight": array(D, k, d, D * d)}
+    arguments["bias"] = array(D, k - (cell == "qrnn_projected"), d)
+    arguments |= {"qrnn_f": {"pooling": "f"}, "qrnn_ifo": {"pooling": "ifo"}}.get(cell, {})
+    arguments |= {"highway": True} if cell in ("qrnn_highway", "qrnn_projected") else {}
+    arguments |= {"zoneout_mask": array(L, B, D, d)} if cell == "qrnn_zoneout" else {}
+    arguments |= {"candidate": "positive"} if cell.endswith("positive") else {}
+    h, _, *saved = getattr(sru_rt, f"{family}_forward")(**arguments, **given)
+    if saved:
+        getattr(sru_rt, f"{family}_backward")(*saved, h, need=need)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +446,7 @@ def test_kernels_for_any_batch_size_serve_where_there_is_no_other(folder, monkey
         ("--arch sm_90 --dtype float32 --d 8", 2, "--cell is missing"),
         ("--arch sm_90 --cell sru --dtype float32", 2, "--d is missing"),
         ("--cpu --cell sru", 2, "--dtype is missing"),
-        ("--arch sm_90 --cell gru --dtype float32 --d 8", 2, "--cell must be one of sru, .* \\(got 'gru'\\)"),
+        ("--arch sm_90 --cell gru --dtype float32 --d 8", 2, "--cell must be one of mingru, .* \\(got 'gru'\\)"),
         ("--arch hopper", 2, "argument --arch: 'hopper' is no architecture such as sm_90"),
         ("--arch sm_90 --d 0", 2, "argument --d: '0' is no positive integer"),
         ("--arch sm_90 --save never", 2, "argument --save: 'never' is no positive integer"),
