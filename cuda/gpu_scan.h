@@ -217,8 +217,7 @@ struct GpuScan {
   static constexpr int fold_depth = words > 4 ? 64 / words : 16;
   static constexpr int slow_depth = 4;  // of what is seldom run
 
-  // `from_start(chunk, state)` takes a state over a chunk, step by step. Chunks are counted from the one that comes
-  // first on the way, upwards or downwards.
+  // Goes over the summaries, upwards or downwards. `step_by_step(chunk, state)` takes a state over a chunk without one.
   template <bool upwards, class Slowly>
   SRU_FN void fold_chunks(const Given &a, const Part &at, int q, const real *start, Slowly step_by_step) {
     const index_t count = Sweep::chunks(a) - 1, row = batch_rows(a),

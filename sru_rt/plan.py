@@ -20,8 +20,9 @@ from .variant import Variant
 # 4.3 TB/s times 1 us over 132 multiprocessors of an H200. Computed, not measured.
 _BYTES_IN_FLIGHT = 32 << 10
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
-# that recomputes states ("from pieces") holds the addresses of two sweeps.
+# that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
 _RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
+_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48}
 _DEPTHS = (1, 2, 4, 8, 12, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _BLOCKS_PER_MULTIPROCESSOR = 16
@@ -101,7 +102,9 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     _check_layout(variant, arguments)
     key = _static(variant, arguments)
     most = _shared_channels(variant, given.every) if key.scratch_in_shared else _THREADS[-1] * 2
-    width = min(_width(variant, arguments, device), most // _THREADS[0])
+    # Three sweeps of pairs in both directions would have no room in the registers.
+    widest = 1 if key.parallel and _sweep(key) == "from pieces" else most // _THREADS[0]
+    width = min(_width(variant, arguments, device), widest)
     threads = _THREADS_IN_CHUNKS if key.parallel else _threads(given.B * given.D * given.d // width, device)
     summarised = reduced(variant, key.forward, key.keep)
     made = replace(
@@ -248,6 +251,8 @@ def _depth(sweep: str, streams: Sequence[int], key: Plan, given: abi.Given, widt
         return 1
     if sweep == "reduce" and _sweep(key) == "from pieces" and key.reduce_reads_state:
         sweep = "from pieces"
+    if key.parallel and sweep in ("from pieces", "replay"):
+        sweep += " in chunks"
     flags = key.has_mask + key.has_reset
     channels = _CHANNELS_IN_CHUNKS if key.parallel else given.B * given.D * given.d // device.multiprocessors
     needed = -(-_BYTES_IN_FLIGHT // (max(1, channels // width) * max(1, sum(streams) * width + flags)))

@@ -448,6 +448,11 @@ def test_chunks_have_kernels_of_their_own():
     assert launch_gpu._key(variant(), other, 0) == launch_gpu._key(variant(), calls[-1], 0)
 
 
+def test_one_channel_where_chunks_recompute_states():
+    given = {"forward": False, "sizes": LARGE, "dtype": "bfloat16"}
+    assert [made(every=every, chunk=c, **given).width for every in (1, 3) for c in (0, 64)] == [2, 2, 2, 1]
+
+
 def test_carried_states_are_pairs_as_well():
     given = arguments(AFFINE, "bfloat16", LARGE, chunk=64)
     assert widths(given, cell=AFFINE) == 2
