@@ -41,8 +41,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "v_basic": PLAIN | {"v": "params", "kind": "basic", "reset_on": "current"},
     "v_per_step": PLAIN | {"v": "inputs", "dropout": True},
     "dropout": PLAIN | {"dropout": True, "kind": "projected", "bias": False, "activation": "relu"},
+    "qrnn": {"cell": "qrnn", "form": "ifo-x", "bias": True, "zoneout": "numbers"},
+    "mingru": {"cell": "mingru", "candidate": "identity", "bias": True},
+    "minlstm": {"cell": "minlstm", "candidate": "positive", "bias": True},
 }
-AFFINE = ("no_v", "no_v_tanh", "dropout")
+AFFINE = ("no_v", "no_v_tanh", "dropout", "qrnn", "mingru", "minlstm")
 
 MATRIX: dict[str, tuple[Any, ...]] = {
     "cell": tuple(CELLS),
@@ -115,7 +118,7 @@ def test_recurrence_matches_oracle(place, row, monkeypatch):
     judge(problem, run(place, problem, save=row["save"], time_parallel=True))
     parallel = [row["chunk"] < L and (row["cell"] in AFFINE or not forward) for forward in (True, False)]
     sweeps = sorted(3 if it else 1 for it in parallel)
-    sums = 1 if CELLS[row["cell"]]["bias"] or CELLS[row["cell"]]["v"] == "params" else 0
+    sums = 1 if CELLS[row["cell"]]["bias"] or CELLS[row["cell"]].get("v") == "params" else 0
     assert kernels() in (sorted((sweeps[0], sweeps[1] + sums)), sorted((sweeps[0] + sums, sweeps[1])))
 
 
@@ -168,7 +171,7 @@ def test_affine_cells_are_as_good_as_sequential(place, dtype, chunk, monkeypatch
     wanted = run(place, problem, time_parallel=False)
     got = run(place, problem, time_parallel=True)
     apart("h", got.h, wanted.h, dtype)
-    apart("c_last", got.c_last, wanted.c_last, "float32")
+    apart("c_last", got.last, wanted.last, "float32")
     for name in ("u", "x", "bias", "c0"):
         apart(f"d{name}", got.gradients[name], wanted.gradients[name], wanted.gradients[name].dtype.name)
 
@@ -271,7 +274,7 @@ def test_the_backward_goes_by_what_the_forward_kept(place, monkeypatch):
         monkeypatch.setenv("SRU_RT_PLAN", "chunk=6")
         h, c_last, saved = sru_rt.sru_recurrence(**given, save=4, time_parallel=True)
         monkeypatch.setenv("SRU_RT_PLAN", text)
-        gradients = sru_rt.sru_backward(saved, *place.put((problem.dh, problem.dc_last)))
+        gradients = sru_rt.sru_backward(saved, *place.put((problem.dh, problem.dlast)))
         results.append(Result(*place.get((h, c_last)), place.get({n: getattr(gradients, n) for n in gradients})))
         judge(problem, results[-1])
     for name, gradient in results[0].gradients.items():
@@ -299,7 +302,7 @@ def test_initial_states_and_last_gradients_are_zeros_by_default(place, monkeypat
     zeros = np.zeros_like(problem.arrays["c0"])
     results = {}
     for name, c0, dc_last in (("zeros", zeros, zeros), ("None", None, None)):
-        given = replace(problem, arrays=problem.arrays | {"c0": c0}, dc_last=dc_last)
+        given = replace(problem, arrays=problem.arrays | {"c0": c0}, dlast=dc_last)
         result = run(place, given, time_parallel=True)
         results[name] = replace(result, gradients={n: g for n, g in result.gradients.items() if n != "c0"})
     same(results)
@@ -490,7 +493,7 @@ def test_what_is_not_finite_is_so_in_the_same_places(place, monkeypatch):
     reset[[3, 13]] = True
     problem = replace(problem, options={"reset": reset})
     results: Mapping[bool, Result] = {how: run(place, problem, time_parallel=how) for how in (False, True)}
-    for name in ("h", "c_last", "u", "x", "bias", "c0"):
+    for name in ("h", "last", "u", "x", "bias", "c0"):
         sequential, parallel = (getattr(results[how], name) for how in (False, True))
         assert np.array_equal(np.isnan(sequential), np.isnan(parallel)), name
         finite = np.isfinite(sequential)
