@@ -269,7 +269,7 @@ def test_the_backward_goes_by_what_the_forward_kept(place, monkeypatch):
     """Even if chunks have another length by then, or there are none: results differ in rounding alone."""
     problem = random_problem("float32", 23, 2, 2, 6)
     problem.arrays["v"] = None
-    given, results = place.put(problem.arrays), []
+    given, results = place.put(problem.given), []
     for text in ("chunk=6", "chunk=5", "chunk=23"):
         monkeypatch.setenv("SRU_RT_PLAN", "chunk=6")
         h, c_last, saved = sru_rt.sru_recurrence(**given, save=4, time_parallel=True)
