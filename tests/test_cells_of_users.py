@@ -298,6 +298,7 @@ def seeds(problem: Problem, dtype: str) -> tuple[np.ndarray, Any]:
     return dh, last if len(last) > 1 else last[0]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype, D", [("float32", 2), ("bfloat16", 1), ("float64", 2)])
 def test_recurrence_matches_plain_loop_on_gpus(place, name, dtype, D):

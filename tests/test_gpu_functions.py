@@ -9,6 +9,8 @@ import pytest
 
 import sru_rt
 
+pytestmark = pytest.mark.kernels
+
 
 def logistic(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))

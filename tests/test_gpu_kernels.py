@@ -20,6 +20,8 @@ from gpu_places import SMALL, Place, Result, Way, judge, random_problem, run, sa
 from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, Problem, name_of
 from sru_rt import launch_gpu
 
+pytestmark = pytest.mark.kernels
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The matrix
 

@@ -24,6 +24,8 @@ from sru_rt.dtypes import to_numpy
 from sru_rt.recurrence import Operands
 from test_gpu_kernels import covering_rows, title
 
+pytestmark = pytest.mark.kernels
+
 PLAIN = {
     "cell": "sru",
     "kind": "x",
