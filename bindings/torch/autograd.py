@@ -49,15 +49,12 @@ def recurrence(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming what does not fit.
     """
     given = (u, c0, lengths, mask, reset, *arrays)
-    recorded = records(u, c0, *arrays)
-    call = Call(cell, tuple(constants), every, str(time_parallel), recorded)
+    call = Call(cell, tuple(constants), every, str(time_parallel), keeps(u, c0, *arrays))
     if not is_eager(u):
-        # A tensor of one level of torch.func does not tell what others want.
-        call = call._replace(keep=(recorded or _is_transformed()) and not torch.compiler.is_exporting())
         h, last, _ = _Traced.apply(call, *native.operands(call, given))
         return h.flatten(2), last
     plan, o = _planned(call, given)
-    if recorded:
+    if call.keep:
         return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
     h, last, _ = native.forward(plan, o)
     return h, last
@@ -93,6 +90,14 @@ def _is_transformed() -> bool:
 def records(*tensors: Tensor | None) -> bool:
     """Whether a gradient is to be recorded."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def keeps(*tensors: Tensor | None) -> bool:
+    """Whether a forward is to keep what its backward takes; if it does not, a backward may still be run.
+
+    A tensor of one level of `torch.func` does not tell what others want. An exported program is seldom trained.
+    """
+    return (records(*tensors) or _is_transformed()) and not torch.compiler.is_exporting()
 
 
 class _Eager(Function):
@@ -147,7 +152,7 @@ def gradients(
     if not call.keep:  # a program that was traced without a gradient is differentiated after all
         call = call._replace(keep=True)
         _, _, saved = ops.forward(call, tuple([t if t is None else t.detach() for t in o]))
-    if is_eager(o[0]) and not records(*o, dh, dlast) and is_eager(dh if dlast is None else dlast):
+    if is_eager(o[0]) and is_eager(saved) and not records(*o, dh, dlast):
         return tuple(native.backward(call, o, saved, dh, dlast, need))
     dh = None if dh is None else dh.unflatten(2, (o[0].shape[2], -1))
     found = iter(_Backward.apply(call, need, saved, dh, dlast, *o))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ...errors import ArgumentError
 from . import autograd, native, ops
 from .autograd import recurrence
 from .native import Call
-from .projection import project
+from .projection import as_autocast, project, without_autocast
 
 # Steps between kept states where the caller leaves it to us: as in the core.
 _EVERY = 32
@@ -85,17 +84,12 @@ def recurrence_of_x(
     time_parallel: bool | str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A layer of which U is formed again in the backward."""
-    call = Call(cell, tuple(constants), _EVERY, str(time_parallel))
-    u = project(x.detach()[:0], [f.detach() for f in factors], window)  # only its dtype, that of autocast if it is on
-    o = native.operands(call, (u, c0, lengths, mask, reset, *arrays))
-    x, *factors = (t.to(u.dtype) for t in (x, *factors))
-    with _without_autocast(x.device.type):  # it is off when the backward forms U
-        h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *o[1:])
+    call = Call(cell, tuple(constants), _EVERY, str(time_parallel), autograd.keeps(x, *factors, c0, *arrays))
+    x, *factors = (as_autocast(t) for t in (x, *factors))
+    others = native.beside_u(call, x.dtype, (c0, lengths, mask, reset, *arrays))
+    with without_autocast(x.device.type):  # it is off when the backward forms U
+        h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *others)
     return h, last
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class _Layer(Function):

@@ -19,6 +19,7 @@ from ...inputs import Input
 from ...options import Options
 from . import autograd
 from .layer import check_recompute, every, layer
+from .projection import as_autocast
 
 _DEVICES = ("cpu", "cuda", "meta")
 
@@ -61,7 +62,7 @@ class PyTorch:
             raise LibraryError(
                 f"{function}: {name} is on device {value.device}, but {origin} is on {self._device}; {way}"
             )
-        return _as_autocast(value) if name in ("x", "u") or name.startswith("weight") else value
+        return as_autocast(value) if name in ("x", "u") or name.startswith("weight") else value
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
@@ -80,15 +81,6 @@ class PyTorch:
 
     def contiguous(self, array: Tensor, dtype: np.dtype[Any]) -> Tensor:
         return array.to(getattr(torch, dtype.name)).contiguous()
-
-
-def _as_autocast(value: Tensor) -> Tensor:
-    """What a product is given, in the dtype in which it is formed."""
-    kind = value.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return value
-    eligible = value.is_floating_point() and value.dtype != torch.float64
-    return value.to(torch.get_autocast_dtype(kind)) if eligible else value
 
 
 @cache

@@ -36,8 +36,8 @@ _MOST_PLANS = 4096
 class Call(NamedTuple):
     """All of a recurrence that is no tensor.
 
-    `cell` is a text of `spec`. If states are to be kept for the backward, they are those before steps 0, K, 2K, ... with
-    `every` = K.
+    `cell` is a text of `spec`. If states are to be kept for the backward, they are those before steps 0, K, 2K, ...
+    with `every` = K.
     """
 
     cell: str
@@ -85,25 +85,24 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def operands(call: Call, given: Operands) -> Operands:
     """Converts tensors to what kernels take; a gradient goes through. They are themselves if they are so already."""
+    u = given[0]
+    return _as(u, u.dtype), *beside_u(call, u.dtype, given[1:])
+
+
+def beside_u(call: Call, dtype: torch.dtype, given: Operands) -> Operands:
+    """The operands beside U of `dtype`."""
     cell = spec.cell_of(call.cell)
-    u, c0, lengths, mask, reset, *arrays = given
+    c0, lengths, mask, reset, *arrays = given
     if len(arrays) != len(declared(cell)):
         names = ", ".join(a.name for a in declared(cell))
         raise ArgumentError(f"recurrence of {cell.name}: arrays has {len(arrays)} tensors; it needs {names}")
-    acc = state_dtype(u.dtype)
+    acc = state_dtype(dtype)
     made = []
     for a, tensor in zip(declared(cell), arrays):
-        own = a.kind == "inputs" and tensor.dtype in (u.dtype, torch.bool)
+        own = a.kind == "inputs" and tensor.dtype in (dtype, torch.bool)
         has_rows = a.kind == "params" and tensor.stride(-1) == 1 and 0 not in tensor.stride()
-        made.append(_as(tensor, u.dtype if own else acc, contiguous=not has_rows))
-    return (
-        _as(u, u.dtype),
-        _as(c0, acc),
-        _as(lengths, torch.int64),
-        _as(mask, torch.bool),
-        _as(reset, torch.bool),
-        *made,
-    )
+        made.append(_as(tensor, dtype if own else acc, contiguous=not has_rows))
+    return _as(c0, acc), _as(lengths, torch.int64), _as(mask, torch.bool), _as(reset, torch.bool), *made
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype, contiguous: bool = True) -> Any:

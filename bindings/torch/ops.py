@@ -1,7 +1,7 @@
 """The operators ``sru_rt::forward`` and ``sru_rt::backward``: one recurrence in a graph of PyTorch's compilers.
 
-They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. Calls go through
-`autograd`, which registers what records a gradient, too.
+They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. Calls go
+through `autograd`, which registers what records a gradient, too.
 """
 
 from __future__ import annotations

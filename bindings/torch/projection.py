@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,22 +56,32 @@ def _product(rows: Tensor, first: Tensor, inner: Sequence[Tensor]) -> Tensor:
 
 def _seen(x: Tensor, window: int, reset: Tensor | None, reverse: bool) -> Tensor:
     """The last tokens of each step side by side, oldest first, (L, B, window*d_in); of the reverse, the next ones."""
-    taps, crossed = [x], None
+    # A token is seen if no boundary lies between it and the step, so if both come after as many.
+    piece = None if reset is None else reset.to(torch.int64).cumsum(0)
+    taps = [x]
     for back in range(1, window):
         tap = _shifted(x, back, reverse)
-        if reset is not None:
-            boundary = _shifted(reset[1:], back - 1, True) if reverse else _shifted(reset, back - 1, False)
-            boundary = F.pad(boundary, (0, 0, 0, 1)) if reverse else boundary
-            crossed = boundary if crossed is None else crossed | boundary
-            tap = torch.where(crossed[..., None], tap.new_zeros(()), tap)
+        if piece is not None:
+            same = _shifted(piece, back, reverse) == piece
+            tap = torch.where(same[..., None], tap, tap.new_zeros(()))
         taps.append(tap)
     return torch.cat(taps[::-1], -1)
 
 
 def _shifted(x: Tensor, back: int, reverse: bool) -> Tensor:
-    """x of `back` steps ago, or of `back` steps later; zeros (False) beyond the ends."""
-    L = x.shape[0]
-    if back == 0:
-        return x
-    zeros = torch.zeros_like(x[: min(back, L)])
-    return torch.cat([x[back:], zeros] if reverse else [zeros, x[: max(L - back, 0)]])
+    """x of `back` steps ago, or of `back` steps later; zeros beyond the ends."""
+    zeros = x.new_zeros(back, *x.shape[1:])
+    return torch.cat([x, zeros])[back:] if reverse else torch.cat([zeros, x])[: x.shape[0]]
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """What a product is given, in the dtype in which it is formed."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensor
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if eligible else tensor
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
