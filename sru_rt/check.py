@@ -77,15 +77,16 @@ class Check:
         if array.ndim != len(letters):
             raise self.error(
                 name,
-                f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters, name)}",
+                f"has {array.ndim} axes, shape {tuple(array.shape)}; it needs {self._describe(letters, name)}",
                 ShapeError,
             )
         for letter, size in zip(letters, array.shape):
             needed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, (size, name))[0]
             if size != needed:
-                raise self.error(name, f"has shape {array.shape}; it needs {self._describe(letters, name)}", ShapeError)
+                needs = self._describe(letters, name)
+                raise self.error(name, f"has shape {tuple(array.shape)}; it needs {needs}", ShapeError)
             if size == 0 and letter in ("d", "d_in", "p"):  # L and B may be 0
-                problem = f"has shape {array.shape}, {letter} = 0; {letter} must be at least 1"
+                problem = f"has shape {tuple(array.shape)}, {letter} = 0; {letter} must be at least 1"
                 raise self.error(name, problem, ShapeError)
 
     def _describe(self, letters: Sequence[str], name: str) -> str:

@@ -1,0 +1,1 @@
+"""PyTorch: functions and modules of recurrences on its tensors."""

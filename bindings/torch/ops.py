@@ -1,0 +1,133 @@
+"""The operators ``sru_rt::forward`` and ``sru_rt::backward``: one recurrence in a graph of PyTorch's compilers.
+
+They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. They record no
+gradient: that is the business of `autograd`, through which all calls go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import spec
+from . import native
+from .native import Call, Operands
+
+_OPERANDS = (
+    "str cell, Tensor u, Tensor[] arrays, Tensor? c0, Tensor? lengths, Tensor? mask, Tensor? reset, "
+    "float[] constants, int every, str time_parallel"
+)
+_library = torch.library.Library("sru_rt", "DEF")
+_library.define(f"forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"backward({_OPERANDS}, Tensor saved, Tensor? dh, Tensor? dc_last, bool[] need) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def forward(call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """As `native.forward`, for tensors that may be traced or batched."""
+    return torch.ops.sru_rt.forward.default(*_arguments(call, o))  # type: ignore[no-any-return]
+
+
+def backward(
+    call: Call, o: Operands, saved: Tensor, dh: Tensor | None, dc_last: Tensor | None, need: Sequence[bool]
+) -> list[Tensor]:
+    """As `native.backward`, for tensors that may be traced or batched."""
+    return torch.ops.sru_rt.backward.default(  # type: ignore[no-any-return]
+        *_arguments(call, o), saved, dh, dc_last, list(need)
+    )
+
+
+def _arguments(call: Call, o: Operands) -> tuple[Any, ...]:
+    tensors = (o.u, list(o.arrays), o.c0, o.lengths, o.mask, o.reset)
+    return call.cell, *tensors, list(call.constants), call.every, call.time_parallel
+
+
+def _split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
+    """The arguments of an operator as what they were made from, in order for kernels."""
+    cell, u, arrays, c0, lengths, mask, reset, constants, every, time_parallel = arguments[:10]
+    o = native.operands(spec.cell_of(cell), u, arrays, c0, lengths, mask, reset)
+    return Call(cell, tuple(constants), every, time_parallel), o
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return native.forward(*_split(arguments))
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    return native.backward(*_split(arguments), *arguments[10:])
+
+
+def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, o = _split(arguments)
+    cell, acc = spec.cell_of(call.cell), native.state_dtype(o.u.dtype)
+    native.check(call, cell, o)
+    L, B, D, _, d = o.u.shape
+    last = native.shape_of_state(cell, D, B, d)
+    saved = native.shape_of_state(cell, native.kept(call, L), B, D, d)
+    return o.u.new_empty((L, B, D, d)), o.u.new_empty(last, dtype=acc), o.u.new_empty(saved, dtype=acc)
+
+
+def _backward_without_values(*arguments: Any) -> list[Tensor]:
+    call, o = _split(arguments)
+    need, cell = arguments[13], spec.cell_of(call.cell)
+    native.check(call, cell, o)
+    _, B, D, _, d = o.u.shape
+    dc0 = o.u.new_empty(native.shape_of_state(cell, D, B, d), dtype=native.state_dtype(o.u.dtype))
+    made = (*native.gradients_like(o, need), dc0)
+    return [g for g, is_wanted in zip(made, need) if is_wanted and g is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+torch.library.register_fake("sru_rt::forward", _forward_without_values, lib=_library)
+torch.library.register_fake("sru_rt::backward", _backward_without_values, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vmap. Channels know nothing of each other, and their axis is the last one of all tensors but flags. So a batch of
+# recurrences is one with more channels, unless each has flags of its own: then they run one after another.
+
+_FLAGS = (4, 5, 6)  # lengths, mask, reset among the arguments
+
+
+def _batched(operator: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+    dims = [*in_dims, *[None] * (len(arguments) - len(in_dims))]
+    n = info.batch_size
+    if any(dims[i] is not None for i in _FLAGS):
+        each = [operator(*[_one_of(a, dim, i) for a, dim in zip(arguments, dims)]) for i in range(n)]
+        result = [torch.stack(parts) for parts in zip(*each)]
+        out_dims = [0] * len(result)
+    else:
+        folded = [a if i in _FLAGS else _as_channels(a, dim, n) for i, (a, dim) in enumerate(zip(arguments, dims))]
+        result = [r.unflatten(-1, (n, r.shape[-1] // n)) for r in operator(*folded)]
+        out_dims = [r.ndim - 2 for r in result]
+    sequence = tuple if operator is torch.ops.sru_rt.forward.default else list
+    return sequence(result), sequence(out_dims)
+
+
+def _one_of(value: Any, dim: Any, i: int) -> Any:
+    """The i-th element of a batched tensor, or of those in a list."""
+    if isinstance(dim, (list, tuple)):
+        return [_one_of(v, one, i) for v, one in zip(value, dim)]
+    return value if dim is None else value.select(dim, i)
+
+
+def _as_channels(value: Any, dim: Any, n: int) -> Any:
+    """The n elements of a batch side by side on the last axis."""
+    if isinstance(value, (list, tuple)):
+        return [_as_channels(v, one, n) for v, one in zip(value, dim or [None] * len(value))]
+    if not isinstance(value, Tensor):
+        return value
+    value = value.unsqueeze(-2).expand(*value.shape[:-1], n, -1) if dim is None else value.movedim(dim, -2)
+    return value.flatten(-2)
+
+
+torch.library.register_vmap("sru_rt::forward", partial(_batched, torch.ops.sru_rt.forward.default), lib=_library)
+torch.library.register_vmap("sru_rt::backward", partial(_batched, torch.ops.sru_rt.backward.default), lib=_library)
