@@ -34,13 +34,12 @@ def probability(check: Check, name: str, value: Any, less_than_one: bool = False
 
 
 def memory_policy(check: Check, recompute: Any) -> bool | int | str:
-    """`recompute`, if it is False, a number of steps, or "x"."""
-    if recompute is False or (isinstance(recompute, str) and recompute == "x"):
+    """`recompute`, if it is a bool, a number of steps, or "x"."""
+    if isinstance(recompute, str) and recompute == "x":
         return recompute
-    if isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1:
-        raise check.error(
-            "recompute", f"must be False, a number K >= 1 of steps between kept states, or 'x' (got {recompute!r})"
-        )
+    if not isinstance(recompute, (bool, int)) or (recompute is not False and recompute < 1):
+        problem = f"must be False, True, a number K >= 1 of steps between kept states, or 'x' (got {recompute!r})"
+        raise check.error("recompute", problem)
     return recompute
 
 

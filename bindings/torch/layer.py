@@ -51,9 +51,7 @@ def layer(
     if recompute != "x":
         u = project(x, factors, window, lengths, mask, reset)
         every = _EVERY if recompute is True else int(recompute) or 1
-        return recurrence(
-            cell, u, arrays, c0, **flags, constants=constants, every=every, time_parallel=time_parallel
-        )
+        return recurrence(cell, u, arrays, c0, **flags, constants=constants, every=every, time_parallel=time_parallel)
     return recurrence_of_x(
         cell, x, factors, arrays, c0, window=window, **flags, constants=constants, time_parallel=time_parallel
     )

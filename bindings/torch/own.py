@@ -63,11 +63,8 @@ class RNN(Stack):
             got = type(cell).__name__
             raise LibraryError(f"{check.function}: cell must be what @sru_rt.cell makes of a step function (got {got})")
         self.cell, core = cell, cell._cell
-        self.params, self.constants = dict(params or {}), dict(constants or {})
-        known = ", ".join(core.params) or "none"
-        for name in self.params:
-            if name not in core.params:
-                raise check.error("params", f"has a value for {name!r}; parameters of cell {core.name} are: {known}")
+        self.constants = dict(constants or {})
+        self._params = {name: self._initial_value(name, value) for name, value in (params or {}).items()}
         self._constants = self._numbers()
         d_out = self.num_directions * self.hidden_size
         if "x" in core.inputs and self.input_size != d_out:
@@ -90,9 +87,20 @@ class RNN(Stack):
                 )
         return tuple(check.number(f"constants[{name!r}]", numbers[name]) for name in core.constants)
 
+    def _initial_value(self, name: str, value: Any) -> Tensor:
+        check, known, shape = self._check(), self.cell._cell.params, (self.num_directions, self.hidden_size)
+        if name not in known:
+            text = f"has a value for {name!r}; parameters of cell {self.cell.name} are: {', '.join(known) or 'none'}"
+            raise check.error("params", text)
+        try:
+            return torch.broadcast_to(torch.as_tensor(value, device="cpu"), shape).clone()
+        except (TypeError, ValueError, RuntimeError):
+            problem = f"must be a number or an array that broadcasts to {shape} (got {value!r})"
+            raise check.error(f"params[{name!r}]", problem) from None
+
     def _initial_params(self) -> dict[str, Sequence[Any]]:
         names = self.cell._cell.params
-        return {"params": [self.params.get(name, 0.0) for name in names]} if names else {}
+        return {"params": [self._params.get(name, 0.0) for name in names]} if names else {}
 
     def forward(
         self,

@@ -111,7 +111,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Weights uniform with variance 1 / their number of columns, so that U has the variance of x; see `_init`."""
+        """Draws weights, uniform with variance 1 / their number of columns, and sets all else to its initial value."""
         for k in range(self.num_layers):
             for weight in self._weight(k):
                 bound = math.sqrt(3 / weight.shape[-1])
@@ -119,7 +119,7 @@ class Stack(nn.Module):
             for name, rows in self._initial_params().items():
                 parameter = getattr(self, f"{name}_l{k}")
                 for row, value in enumerate(rows):
-                    parameter[:, row] = value
+                    parameter[:, row] = value.to(parameter) if isinstance(value, Tensor) else value
 
     def _weight(self, k: int) -> tuple[Tensor, ...]:
         """The factors of the weight of layer k."""
@@ -232,7 +232,7 @@ class Stack(nn.Module):
         return layer(
             recipe.text,
             x if seen is None else seen,
-            tuple(factor.to(x.dtype) for factor in self._weight(k)),
+            self._weight(k),
             [self._array(k, name, x, values) for name, _ in recipe.arrays],
             state,
             window=self.window if seen is None else 1,
@@ -274,7 +274,8 @@ class Stack(nn.Module):
     def _cast(self, check: Check, x: Tensor) -> Tensor:
         """x in the dtype of autocast where that is on, else checked to be in that of the parameters."""
         kind, needed = x.device.type, self._weight(0)[0].dtype
-        if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        narrowed = x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
+        if narrowed and torch.is_autocast_enabled(kind):
             return x.to(torch.get_autocast_dtype(kind))
         given.dtype(check, "input", x, (needed,), f", or the module with .to({x.dtype})")
         return x

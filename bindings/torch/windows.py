@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .projection import without_padding
 from .sequences import Layout
 
 
@@ -20,7 +21,7 @@ def unfold(x: Tensor, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         (L, B, window*n), oldest tokens first, and (window-1, B, n).
     """
     (L, B, _), before = x.shape, tokens.shape[0]
-    x = _without_padding(x, layout)
+    x = without_padding(x, layout.lengths, layout.mask)
     line = torch.cat([tokens.to(x.dtype), x])
     if layout.reset is None:
         seen = [line[j : j + L] for j in range(before + 1)]
@@ -36,18 +37,10 @@ def unfold(x: Tensor, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def _last(line: Tensor, L: int, before: int, lengths: Tensor | None) -> Tensor:
     """The last tokens of each sequence, of a line (window-1 + L, B, ...) whose sequences begin at window-1."""
     if lengths is None:
-        return line[L:]
+        return line[L:].clone()  # and so does not keep the whole line
     index = lengths.clamp(0, L) + torch.arange(before, device=line.device)[:, None]
     index = index.view(index.shape + (1,) * (line.dim() - 2)).expand(before, *line.shape[1:])
     return line.gather(0, index)
-
-
-def _without_padding(x: Tensor, layout: Layout) -> Tensor:
-    if layout.mask is not None:
-        x = _where(~layout.mask, x)
-    if layout.lengths is not None:
-        x = _where(torch.arange(x.shape[0], device=x.device)[:, None] < layout.lengths, x)
-    return x
 
 
 def _where(kept: Tensor, x: Tensor) -> Tensor:
