@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -345,3 +348,46 @@ def test_reset_of_packed_sequences_is_in_the_order_of_the_batch():
     _, last = module(packed, reset=reset)
     assert torch.equal(last[0, 0], module(x[0, :2], reset=reset[:2, 0])[1][0])
     assert torch.equal(last[0, 1], module(x[1], reset=reset[:, 1])[1][0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The docs
+
+
+def run_page(name: str, *headings: str) -> dict[str, Any]:
+    """What the Python of a page of docs/, or of some of its sections, defines."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / name).read_text()
+    sections = re.split(r"^(?=## )", text, flags=re.M)
+    names: dict[str, Any] = {}
+    for section in sections:
+        if not headings or section.startswith(tuple(f"## {heading}\n" for heading in headings)):
+            for block in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S):
+                exec(compile(block, name, "exec"), names)
+    return names
+
+
+def test_the_page_runs():
+    names = run_page("torch.md", "Modules in the manner of torch.nn.LSTM")
+    assert names["h"].shape == (20, 3, 16) and names["y"].shape == (2, 3, 16) and names["token"].shape == (3, 16)
+
+
+def test_the_migration_from_lstm_runs():
+    names = run_page("migration.md", "From torch.nn.LSTM")
+    assert names["h"].shape == (3, 20, 32) and names["state"].shape == names["h_n"].shape
+
+
+@pytest.mark.parametrize(("kind", "function"), [("minGRU", "from_mingru"), ("minLSTM", "from_minlstm")])
+def test_the_migration_from_mingru_pytorch_is_right(kind, function):
+    pytest.importorskip("minGRU_pytorch", reason="needs the PyPI package minGRU-pytorch")
+    from minGRU_pytorch import minGRU
+    from minGRU_pytorch.minLSTM import minLSTM
+
+    theirs = {"minGRU": minGRU, "minLSTM": minLSTM}[kind](6, expansion_factor=1.5).double()
+    ours = run_page("migration.md", "From minGRU-pytorch")[function](theirs)
+    x = torch.randn(3, 9, 6, dtype=torch.float64)
+    wanted, hidden = theirs(x, return_next_prev_hidden=True)
+    out, state = ours(x)
+    torch.testing.assert_close(theirs.to_out(out), wanted)
+    torch.testing.assert_close(state, hidden.transpose(0, 1))
+    token = torch.randn(3, 1, 6, dtype=torch.float64)
+    torch.testing.assert_close(theirs.to_out(ours.step(token[:, 0], state)[0]), theirs(token, hidden)[:, 0])

@@ -49,6 +49,11 @@ def floating(check: Check, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the state beside x of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tensor(check: Check, name: str, value: Any, device: torch.device, origin: str = "the module") -> Tensor:
     """`value`, if it is a tensor on `device`, where `origin` is."""
     if not isinstance(value, Tensor):
@@ -64,7 +69,7 @@ def tensor(check: Check, name: str, value: Any, device: torch.device, origin: st
 
 def shape(check: Check, name: str, value: Tensor, letters: str, sizes: Sequence[Any], why: str) -> None:
     """Raises unless `value` has the sizes, whose letters are such as "L B"; `why` says where they come from."""
-    if value.dim() != len(sizes) or any(got != needed for got, needed in zip(value.shape, sizes)):
+    if tuple(value.shape) != tuple(sizes):
         needed = f"({letters.replace(' ', ', ')}) = ({', '.join(map(str, sizes))})"
         raise ShapeError(f"{check.function}: {name} has shape {tuple(value.shape)}; it needs {needed}: {why}")
 

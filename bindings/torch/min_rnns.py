@@ -9,7 +9,8 @@ import torch
 
 from ...cell import Cell
 from ...cells import mingru, minlstm
-from .stack import Recipe, Stack
+from .parameters import Recipe
+from .stack import Stack
 
 
 class _MinRNN(Stack):
@@ -80,8 +81,8 @@ class MinGRU(_MinRNN):
             form in log space).
         forget_bias: positive keeps the state longer at the start of training.
         low_rank: p, the rank of the weight as a product of two factors.
-        recompute: what a backward has kept: False all, K >= 1 the state every K steps, "x" like that, but U = W x is
-            formed anew as well. Less memory for more time.
+        recompute: what a backward computes anew, to save memory: False nothing, K >= 1 all states but every K-th, True
+            these with K = 32, "x" these and U = W x.
         time_parallel: "auto", True or False, whether steps run in parallel on a GPU (see docs/recurrences.md).
         device, dtype: of the parameters.
 

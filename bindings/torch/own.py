@@ -13,8 +13,9 @@ from ...check import Check
 from ...errors import LibraryError, ShapeError
 from ...own import OwnCell
 from . import given
+from .parameters import Recipe
 from .sequences import Sequences
-from .stack import Recipe, Stack
+from .stack import Stack
 
 
 class RNN(Stack):
@@ -63,7 +64,7 @@ class RNN(Stack):
             got = type(cell).__name__
             raise LibraryError(f"{check.function}: cell must be what @sru_rt.cell makes of a step function (got {got})")
         self.cell, core = cell, cell._cell
-        self.constants = dict(constants or {})
+        self.constants = dict(constants) if constants else None
         self._params = {name: self._initial_value(name, value) for name, value in (params or {}).items()}
         self._constants = self._numbers()
         d_out = self.num_directions * self.hidden_size
@@ -74,12 +75,12 @@ class RNN(Stack):
 
     def _numbers(self) -> tuple[float, ...]:
         """The constants in the order of their declaration."""
-        check, core = self._check(), self.cell._cell
-        for name in self.constants:
+        check, core, chosen = self._check(), self.cell._cell, self.constants or {}
+        for name in chosen:
             if name not in core.constants:
                 known = ", ".join(core.constants) or "none"
                 raise check.error("constants", f"has {name!r}; constants of cell {core.name} are: {known}")
-        numbers = self.cell._defaults | self.constants
+        numbers = self.cell._defaults | chosen
         for name in core.constants:
             if name not in numbers:
                 raise check.error(
@@ -151,7 +152,7 @@ class RNN(Stack):
     def _value(self, check: Check, seqs: Sequences, name: str, kind: str, value: Any) -> Tensor:
         D, d = self.num_directions, self.hidden_size
         L, B = seqs.x.shape[:2]
-        wide = torch.promote_types(seqs.x.dtype, torch.float32)
+        wide = given.state_dtype(seqs.x.dtype)
         if kind == "inputs":
             value = seqs.of_tokens(check, name, value, "D*d", (D * d,)).reshape(L, B, D, d)
             given.dtype(check, name, value, (seqs.x.dtype, wide))

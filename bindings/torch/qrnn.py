@@ -13,8 +13,9 @@ from ...cells.qrnn import POOLINGS, Options, qrnn_cell
 from ...check import Check
 from ...errors import LibraryError
 from . import given, windows
+from .parameters import Recipe
 from .sequences import Layout, Sequences
-from .stack import Recipe, Stack
+from .stack import Stack
 
 
 class QRNNState(NamedTuple):

@@ -94,6 +94,8 @@ def sequences(
         found, lengths = _packed(check, input, size, device, batch_first, lengths, mask)
     else:
         found = _padded(check, input, size, device, batch_first)
+        if lengths is None and mask is None and reset is None:
+            return found
         if found.form == "unbatched" and lengths is not None:
             raise check.error("lengths", "is given with one sequence (L, input_size); cut the input instead")
         lengths = given.lengths(check, lengths, *found.x.shape[:2], device)
@@ -123,8 +125,9 @@ def _padded(check: Check, input: Any, size: int, device: torch.device, batch_fir
             f"{check.function}: input has shape {tuple(input.shape)}; it needs {axes}, or (L, input_size) for one "
             f"sequence, with input_size = {size}"
         )
-    found = Sequences(input, "batched" if input.dim() == 3 else "unbatched", batch_first)
-    return found._replace(x=found.time_major(input))
+    if input.dim() == 2:
+        return Sequences(input.unsqueeze(1), "unbatched")
+    return Sequences(input.transpose(0, 1) if batch_first else input, "batched", batch_first)
 
 
 def _packed(

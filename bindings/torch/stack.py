@@ -1,134 +1,28 @@
-"""What the modules share: layers of one cell on top of each other, as in torch.nn.LSTM, and their step for decoding."""
+"""What the modules share: how layers on top of each other are called, and their step for decoding."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import spec
-from ...cell import Cell
 from ...check import Check
 from ...errors import ArgumentError
 from . import given
 from .layer import layer
+from .parameters import Parameters, Recipe
 from .sequences import Layout, Sequences, sequences, tokens
 from .states import of_layers, together
 
 
-class Recipe(NamedTuple):
-    """What a module keeps of a cell; text and names, which go with it wherever it is pickled or copied to."""
-
-    text: str
-    gates: int
-    states: int
-    arrays: tuple[tuple[str, str], ...]  # names and kinds of what the cell takes beside gates and states
-
-    @classmethod
-    def of(cls, cell: Cell) -> Recipe:
-        arrays = tuple((a.name, a.kind) for a in cell.arrays if a.kind not in ("gates", "state"))
-        return cls(spec.text_of(cell), len(cell.gates), len(cell.state), arrays)
-
-
-class Stack(nn.Module):
-    """Layers of one cell. A subclass gives each layer its cell, and parameters beside the weight.
-
-    Args:
-        recipes: of each layer.
-        window: how many tokens a gate sees.
-
-    All else as in `MinGRU`.
-    """
+class Stack(Parameters):
+    """Layers of one cell; the base of all modules."""
 
     _constants: tuple[float, ...] = ()
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        low_rank: int | None,
-        recompute: bool | int | str,
-        time_parallel: bool | str,
-        window: int = 1,
-    ) -> None:
-        super().__init__()
-        check = self._check()
-        self.input_size = given.size(check, "input_size", input_size)
-        self.hidden_size = given.size(check, "hidden_size", hidden_size)
-        self.num_layers = given.size(check, "num_layers", num_layers)
-        self.low_rank = None if low_rank is None else given.size(check, "low_rank", low_rank)
-        self.window = given.size(check, "window", window)
-        self.dropout = given.probability(check, "dropout", dropout)
-        for name, value in (("batch_first", batch_first), ("bidirectional", bidirectional)):
-            check.choice(name, value, (True, False))
-        check.choice("time_parallel", time_parallel, ("auto", True, False))
-        self.batch_first, self.bidirectional = bool(batch_first), bool(bidirectional)
-        self.recompute = given.memory_policy(check, recompute)
-        self.time_parallel = time_parallel
-        self.num_directions = 2 if bidirectional else 1
-        if dropout and num_layers == 1:
-            warnings.warn(
-                f"{check.function}: dropout={dropout} acts between layers, and there is only one", stacklevel=3
-            )
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Parameters
-
-    def _make_parameters(self, recipes: Sequence[Recipe], device: Any, dtype: torch.dtype | None) -> None:
-        """Registers and initializes the parameters of all layers."""
-        self._recipes = tuple(recipes)
-        like = {"device": device, "dtype": given.floating(self._check(), dtype)}
-        D, d = self.num_directions, self.hidden_size
-        for k, recipe in enumerate(self._recipes):
-            columns = self.window * self._size_of_input(k)
-            if self.low_rank is None:
-                shapes = {f"weight_l{k}": (D, recipe.gates, d, columns)}
-            else:
-                p = self.low_rank
-                shapes = {f"weight_l{k}_p": (D, recipe.gates, d, p), f"weight_l{k}_q": (p, columns)}
-            shapes |= {f"{name}_l{k}": (D, len(rows), d) for name, rows in self._initial_params().items()}
-            for name, shape in shapes.items():
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, **like)))
-        self.reset_parameters()
-
-    def _size_of_input(self, k: int) -> int:
-        return self.num_directions * self.hidden_size if k else self.input_size
-
-    def _initial_params(self) -> dict[str, Sequence[Any]]:
-        """Parameters of each layer beside the weight, (D, rows, d), and the initial values of each row."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws weights, uniform with variance 1 / their number of columns, and sets all else to its initial value."""
-        for k in range(self.num_layers):
-            for weight in self._weight(k):
-                bound = math.sqrt(3 / weight.shape[-1])
-                weight.uniform_(-bound, bound)
-            for name, rows in self._initial_params().items():
-                parameter = getattr(self, f"{name}_l{k}")
-                for row, value in enumerate(rows):
-                    parameter[:, row] = value.to(parameter) if isinstance(value, Tensor) else value
-
-    def _weight(self, k: int) -> tuple[Tensor, ...]:
-        """The factors of the weight of layer k."""
-        if self.low_rank is None:
-            return (getattr(self, f"weight_l{k}"),)
-        return getattr(self, f"weight_l{k}_p"), getattr(self, f"weight_l{k}_q")
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Calls
 
     def forward(
         self,
@@ -186,7 +80,7 @@ class Stack(nn.Module):
         check = self._check("initial_step_state")
         self._check_steps(check)
         first = self._weight(0)[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
+        dtype = given.state_dtype(first.dtype)
         made = [
             first.new_zeros(self.num_layers, batch_size, self.hidden_size, dtype=dtype)
             for _ in range(self._recipes[0].states)
@@ -196,21 +90,23 @@ class Stack(nn.Module):
     def _forward(
         self, input: Any, state: Any, lengths: Any, mask: Any, reset: Any, values: Mapping[str, Any] | None = None
     ) -> tuple[Any, Any]:
-        check, device = self._check("forward"), self._weight(0)[0].device
-        seqs = sequences(check, input, self.input_size, device, self.batch_first, lengths, mask, reset)
-        return self._call(check, seqs, state, values)
+        check, first = self._check("forward"), self._weight(0)[0]
+        seqs = sequences(check, input, self.input_size, first.device, self.batch_first, lengths, mask, reset)
+        return self._call(check, seqs, first.dtype, state, values)
 
     def _step(self, input: Any, state: Any, values: Mapping[str, Any] | None = None) -> tuple[Tensor, Any]:
-        check = self._check("step")
+        check, first = self._check("step"), self._weight(0)[0]
         self._check_steps(check)
-        return self._call(check, tokens(check, input, self.input_size, self._weight(0)[0].device), state, values)
+        return self._call(check, tokens(check, input, self.input_size, first.device), first.dtype, state, values)
 
-    def _call(self, check: Check, seqs: Sequences, state: Any, values: Mapping[str, Any] | None) -> tuple[Any, Any]:
-        """What forward and step share once the input is time-major."""
-        seqs = seqs._replace(x=self._cast(check, seqs.x))
+    def _call(
+        self, check: Check, seqs: Sequences, dtype: torch.dtype, state: Any, values: Mapping[str, Any] | None
+    ) -> tuple[Any, Any]:
+        """What forward and step share once the input is time-major; `dtype` is that of the parameters."""
+        x = _in_dtype(check, seqs.x, dtype)
+        seqs = seqs if x is seqs.x else seqs._replace(x=x)
         before, after = self._of_layers(check, seqs, seqs.state(state)), []
         prepared = self._values(check, seqs, values or {})
-        x = seqs.x
         for k in range(self.num_layers):
             if k and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
@@ -259,9 +155,6 @@ class Stack(nn.Module):
         """What the cell takes by name, for each layer."""
         return {}
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # States, dtypes, messages
-
     def _of_layers(self, check: Check, seqs: Sequences, state: Any, name: str = "state") -> list[Any]:
         """What each layer starts from."""
         sizes = (self.num_layers, self.num_directions, seqs.x.shape[1], self.hidden_size)
@@ -271,19 +164,6 @@ class Stack(nn.Module):
         """The state of the module from those of its layers."""
         return together(states, self._recipes[0].states)
 
-    def _cast(self, check: Check, x: Tensor) -> Tensor:
-        """x in the dtype of autocast where that is on, else checked to be in that of the parameters."""
-        kind, needed = x.device.type, self._weight(0)[0].dtype
-        narrowed = x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
-        if narrowed and torch.is_autocast_enabled(kind):
-            return x.to(torch.get_autocast_dtype(kind))
-        given.dtype(check, "input", x, (needed,), f", or the module with .to({x.dtype})")
-        return x
-
-    def _check(self, method: str = "") -> Check:
-        """What begins messages with the name of the class, and of the method."""
-        return Check(".".join(filter(None, (type(self).__name__, method))))
-
     def _check_steps(self, check: Check) -> None:
         if self.bidirectional:
             raise ArgumentError(
@@ -291,15 +171,13 @@ class Stack(nn.Module):
                 "make it with bidirectional=False to decode token by token"
             )
 
-    def extra_repr(self) -> str:
-        """Sizes, and the options that are not the defaults."""
-        names = inspect.signature(type(self).__init__).parameters
-        options = {
-            name: getattr(self, name)
-            for name, parameter in names.items()
-            if hasattr(self, name)
-            and name not in ("self", "input_size", "hidden_size")
-            and getattr(self, name) != parameter.default
-        }
-        sizes = [f"{self.input_size}, {self.hidden_size}"]
-        return ", ".join(sizes + [f"{name}={value!r}" for name, value in options.items()])
+
+def _in_dtype(check: Check, x: Tensor, needed: torch.dtype) -> Tensor:
+    """x in the dtype of autocast where that is on, else checked to be in that of the parameters."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != needed:
+        given.dtype(check, "input", x, (needed,), f", or the module with .to({x.dtype})")
+    return x

@@ -28,13 +28,15 @@ def of_layers(
         got = f"{len(state)} of them" if isinstance(state, (tuple, list)) else type(state).__name__
         raise LibraryError(f"{check.function}: {name} must be a tuple of {n} tensors, one for each state (got {got})")
     named = [(name, state)] if n == 1 else [(f"{name}[{i}]", one) for i, one in enumerate(state)]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = given.state_dtype(x.dtype)
     for one, tensor in named:
         given.tensor(check, one, tensor, x.device, "input")
         why = "num_layers, directions and hidden_size of the module, and B of input"
         given.shape(check, one, tensor, "num_layers*D B hidden_size", (layers * D, B, d), why)
         given.dtype(check, one, tensor, (wide, x.dtype))
     tensors = [tensor for _, tensor in named]
+    if n == layers == 1:
+        return tensors
     rows = [[tensor[k * D : (k + 1) * D] for tensor in tensors] for k in range(layers)]
     return [row[0] if n == 1 else torch.stack(row) for row in rows]
 
