@@ -459,6 +459,62 @@ def test_zoneout_keeps_the_state_and_only_in_training():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@ALL
+def test_a_gpu_gives_what_the_cpu_gives(kind, options):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    module = make(kind, options, layers=2, bidirectional=True).eval()
+    L, B, lengths = 7, 3, [4, 7, 0]
+    x, state, values = normal(L, B, module.input_size), state_of(module, B), values_of(module, L, B)
+    dh = torch.randn(L, B, 8, dtype=torch.float64)
+
+    def run(to: Any) -> list[Any]:
+        """Results, and gradients of x, parameters and values."""
+        here = module.to(to)
+        moved = {"gain": [to_device(v, to) for v in values["gain"]], "m": to_device(values["m"], to)} if values else {}
+        x_, state_ = to_device(x, to), tuple(to_device(s, to) for s in each(state))
+        given = {"values": moved} if values else {}
+        h, last = here(x_, state_ if len(state_) > 1 else state_[0], lengths=lengths, **given)
+        wanted = [x_, *state_, *here.parameters(), *moved.get("gain", ())]
+        return [h, *each(last), *torch.autograd.grad(h, wanted, dh.to(to, non_blocking=True))]
+
+    on_cpu = run("cpu")
+    run("cuda")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = run("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for i, (got, want) in enumerate(zip(on_gpu, on_cpu)):
+        check(str(i), got.cpu(), want, 1e-9)
+
+
+def to_device(tensor: Any, to: Any) -> Any:
+    return tensor.detach().to(to, non_blocking=True).requires_grad_()
+
+
+@pytest.mark.gpu
+def test_packed_sequences_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    module, x, lengths = make(MinGRU, {}, layers=2, bidirectional=True), normal(6, 3, 5), torch.tensor([3, 6, 1])
+    wanted, wanted_last = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    packed = pack_padded_sequence(x.cuda(), lengths, enforce_sorted=False)
+    module.cuda()(packed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        h, last = module(packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check("h", h.data.cpu(), wanted.data, 1e-9)
+    check("last", last.cpu(), wanted_last, 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The PyPI package minGRU-pytorch
 
 

@@ -103,7 +103,8 @@ def lengths(check: Check, value: Any, L: Any, B: Any, device: torch.device) -> T
         least, most = (int(v) for v in torch.aminmax(value.long()))
         if least < 0 or most > L:
             raise check.error("lengths", f"must be from 0 to L = {L} (got values from {least} to {most})")
-    return value.to(device=device, dtype=torch.int64)
+    # Without waiting; what comes from a device must be there before the host may read it.
+    return value.to(device=device, dtype=torch.int64, non_blocking=value.device.type == "cpu")
 
 
 def _of_list(check: Check, value: Sequence[Any]) -> Tensor:

@@ -27,8 +27,8 @@ def unpack(packed: PackedSequence) -> tuple[Tensor, Tensor, Packing]:
     L, B = len(sizes), int(sizes[0])
     t = torch.repeat_interleave(torch.arange(L), sizes, output_size=len(data))
     place = torch.arange(len(data)) - (sizes.cumsum(0) - sizes)[t]  # among the sequences as sorted
-    lengths = (torch.arange(B)[:, None] < sizes).sum(1).to(data.device)
-    t, place = t.to(data.device), place.to(data.device)
+    lengths = (torch.arange(B)[:, None] < sizes).sum(1)
+    t, place, lengths = (made.to(data.device, non_blocking=True) for made in (t, place, lengths))
     if packed.sorted_indices is not None:
         place, lengths = packed.sorted_indices[place], lengths[packed.unsorted_indices]
     rows = t * B + place
