@@ -56,7 +56,7 @@ def _built_in(text: str) -> Cell:
         family = call.func.id  # type: ignore[attr-defined]
         values = {k.arg: ast.literal_eval(k.value) for k in call.keywords}  # type: ignore[attr-defined]
         module = importlib.import_module(f"{__package__}.cells.{family}")
-        return getattr(module, f"{family}_cell")(module.Options(**values))  # type: ignore[no-any-return]
+        return getattr(module, f"{family}_cell")(module.Options(**values))
     except (AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"sru_rt: {text!r} is no cell of this version ({error}); it was written by another version of sru_rt: "
@@ -82,4 +82,4 @@ def _own_cell(text: str) -> Cell:
             f"sru_rt: the step function of the cell {name!r} of module {module!r} has changed since the program that "
             "uses it was written; export the program again"
         )
-    return cell  # type: ignore[no-any-return]
+    return cell

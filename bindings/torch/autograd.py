@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ... import spec
 from . import native, ops, reference
-from .native import Call, Operands
+from .native import Call, Operands, Plan
 
 _Gradients = tuple[Tensor | None, ...]
-_OTHERS = 4  # c0, lengths, mask and reset follow upon U among the arguments of the functions below
 
 
 def recurrence(
@@ -50,20 +48,28 @@ def recurrence(
     Raises:
         ShapeError, DtypeError, LibraryError, ArgumentError: naming what does not fit.
     """
-    o = native.operands(spec.cell_of(cell), u, arrays, c0, lengths, mask, reset)
-    h, last = run(Call(cell, tuple(constants), every, str(time_parallel)), o)
-    return h.flatten(2), last
+    given = (u, c0, lengths, mask, reset, *arrays)
+    call = Call(cell, tuple(constants), every, str(time_parallel))
+    if not is_eager(u):
+        o = native.operands(call, given)
+        h, last, _ = _Traced.apply(call, *o)
+        return h.flatten(2), last
+    if not records(u, c0, *arrays):
+        call = call._replace(every=0)
+        plan, o = _planned(call, given)
+        h, last, _ = native.forward(plan, o)
+        return h, last
+    plan, o = _planned(call, given)
+    return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
 
 
-def run(call: Call, o: Operands) -> tuple[Tensor, Tensor]:
-    """h (L, B, D, d) and the last states."""
-    if not is_eager(o.u):
-        h, last, _ = _Traced.apply(call, len(o.arrays), o.u, *o[2:], *o.arrays)
-    elif records(o.u, o.c0, *o.arrays):
-        h, last = _Eager.apply(call, o.u, *o[2:], *o.arrays)
-    else:
-        h, last, _ = native.forward(call._replace(every=0), o)
-    return h, last
+def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
+    """The plan of a forward, and its operands. Tensors of a layout that has been met before are taken as they are."""
+    plan = native.forward_plan(call, given)
+    if plan is not None:
+        return plan, given
+    o = native.operands(call, given)
+    return native.forward_plan(call, o) or native.make_forward_plan(call, o), o
 
 
 def is_eager(tensor: Tensor) -> bool:
@@ -88,39 +94,21 @@ def records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _operands(tensors: Sequence[Tensor | None]) -> Operands:
-    u, c0, lengths, mask, reset, *arrays = tensors
-    return Operands(u, tuple(arrays), c0, lengths, mask, reset)  # type: ignore[arg-type]
-
-
-def _in_order(gradients: Sequence[Tensor], need: Sequence[bool]) -> _Gradients:
-    """Gradients of (U, arrays, c0), of those that `need` names, as (U, c0, no flags, arrays)."""
-    found = iter(gradients)
-    u, *arrays, c0 = (next(found) if is_wanted else None for is_wanted in need)
-    return u, c0, None, None, None, *arrays
-
-
-def _needed(inputs: Sequence[bool]) -> tuple[bool, ...]:
-    """Which of (U, arrays, c0) want a gradient, from the same of (U, c0, flags, arrays)."""
-    return inputs[0], *inputs[1 + _OTHERS :], inputs[1]
-
-
 class _Eager(Function):
     """Of tensors with values."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, call: Call, plan: Plan, *o: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        h, last, saved = native.forward(call, _operands(tensors))
+        h, last, saved = native.forward(plan, o)
         ctx.call = call
-        ctx.save_for_backward(*tensors, saved)
+        ctx.save_for_backward(*o, saved)
         return h, last
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None) -> Any:  # type: ignore[override]
-        *tensors, saved = ctx.saved_tensors
-        need = _needed(ctx.needs_input_grad[1:])
-        return None, *gradients(ctx.call, need, tensors, saved, dh, dlast)
+        *o, saved = ctx.saved_tensors
+        return None, None, *gradients(ctx.call, ctx.needs_input_grad[2:], tuple(o), saved, dh, dlast)
 
 
 class _Traced(Function):
@@ -129,51 +117,49 @@ class _Traced(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Call, n_arrays: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return ops.forward(call, _operands(tensors))
+    def forward(call: Call, *o: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return ops.forward(call, o)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[2:], output[2])
+        ctx.call, *o = inputs
+        ctx.save_for_backward(*o, output[2])
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        *tensors, saved = ctx.saved_tensors
-        need = _needed(ctx.needs_input_grad[2:])
-        return None, None, *gradients(ctx.call, need, tensors, saved, dh, dlast)
+        *o, saved = ctx.saved_tensors
+        dh = None if dh is None else dh.flatten(2)
+        return None, *gradients(ctx.call, ctx.needs_input_grad[1:], tuple(o), saved, dh, dlast)
 
 
 def gradients(
-    call: Call,
-    need: tuple[bool, ...],
-    tensors: Sequence[Tensor | None],
-    saved: Tensor,
-    dh: Tensor | None,
-    dlast: Tensor | None,
+    call: Call, need: tuple[bool, ...], o: Operands, saved: Tensor, dh: Tensor | None, dlast: Tensor | None
 ) -> _Gradients:
-    """The gradients of U, c0, flags (None) and arrays; differentiable where gradients are recorded."""
+    """The gradients of the operands, of those that `need` names; differentiable where gradients are recorded.
+
+    dh is (L, B, D*d).
+    """
     if dh is None and dlast is None:
-        return (None,) * len(tensors)
-    o = _operands(tensors)
-    if is_eager(o.u) and is_eager(saved) and not records(*tensors, dh, dlast):
-        return _in_order(native.backward(call, o, saved, dh, dlast, need), need)
-    found = _Backward.apply(call, need, saved, dh, dlast, *tensors)
-    return _in_order(found, need)
+        return (None,) * len(o)
+    if is_eager(o[0]) and not records(*o, dh, dlast) and is_eager(dh if dlast is None else dlast):
+        return tuple(native.backward(call, o, saved, dh, dlast, need))
+    dh = None if dh is None else dh.unflatten(2, (o[0].shape[2], -1))
+    found = iter(_Backward.apply(call, need, saved, dh, dlast, *o))
+    return tuple([next(found) if is_wanted else None for is_wanted in need])
 
 
 class _Backward(Function):
-    """The fused backward as a function of its own, whose gradient the reference gives."""
+    """The fused backward as a function of its own, whose gradient the reference gives. dh is (L, B, D, d)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # type: ignore[override]
-        call: Call, need: tuple[bool, ...], saved: Tensor, dh: Tensor | None, dlast: Tensor | None, *tensors: Any
+        call: Call, need: tuple[bool, ...], saved: Tensor, dh: Tensor | None, dlast: Tensor | None, *o: Any
     ) -> tuple[Tensor, ...]:
-        return tuple(ops.backward(call, _operands(tensors), saved, dh, dlast, need))
+        return tuple(ops.backward(call, o, saved, dh, dlast, need))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -186,27 +172,23 @@ class _Backward(Function):
         wanted = [i for i, t in enumerate(given) if t is not None and ctx.needs_input_grad[3 + i]]
 
         def backward_of(*chosen: Tensor) -> tuple[Tensor, ...]:
-            dh, dlast, *tensors = _put(given, wanted, chosen)
-            return _reference_backward(ctx.call, ctx.need, tensors, dh, dlast)
+            dh, dlast, *o = _put(given, wanted, chosen)
+            return _reference_backward(ctx.call, ctx.need, o, dh, dlast)
 
         _, pullback = torch.func.vjp(backward_of, *(given[i] for i in wanted))
         return None, None, None, *_put([None] * len(given), wanted, pullback(seeds))
 
 
 def _reference_backward(
-    call: Call, need: tuple[bool, ...], tensors: Sequence[Tensor | None], dh: Tensor | None, dlast: Tensor | None
+    call: Call, need: tuple[bool, ...], o: Sequence[Any], dh: Tensor | None, dlast: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What `_Backward.forward` returns, of operations that PyTorch can differentiate."""
-    u, c0, *others = tensors
-    flags, arrays = others[: _OTHERS - 1], others[_OTHERS - 1 :]
-    sources = [u, *arrays, c0]
     wanted = [i for i, is_wanted in enumerate(need) if is_wanted]
 
     def of(*chosen: Tensor) -> tuple[Tensor, Tensor]:
-        u, *arrays, c0 = _put(sources, wanted, chosen)
-        return reference.recurrence(call, _operands([u, c0, *flags, *arrays]))
+        return reference.recurrence(call, tuple(_put(o, wanted, chosen)))
 
-    (h, last), pullback = torch.func.vjp(of, *(sources[i] for i in wanted))
+    (h, last), pullback = torch.func.vjp(of, *(o[i] for i in wanted))
     seeds = torch.zeros_like(h) if dh is None else dh, torch.zeros_like(last) if dlast is None else dlast
     return pullback(seeds)  # type: ignore[no-any-return]
 

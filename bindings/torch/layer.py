@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ... import spec
+from ...errors import ArgumentError
 from . import autograd, native, ops
 from .autograd import recurrence
-from .native import Call, Operands
+from .native import Call
 from .projection import project
 
 # Steps between kept states where the caller leaves it to us: as in the core.
@@ -50,13 +50,24 @@ def layer(
     flags = {"lengths": lengths, "mask": mask, "reset": reset}
     if recompute != "x":
         u = project(x, factors, window, lengths, mask, reset)
-        every = _EVERY if recompute is True else int(recompute) or 1
         return recurrence(
-            cell, u, arrays, c0, **flags, constants=constants, every=every, time_parallel=time_parallel
+            cell, u, arrays, c0, **flags, constants=constants, every=every(recompute), time_parallel=time_parallel
         )
     return recurrence_of_x(
         cell, x, factors, arrays, c0, window=window, **flags, constants=constants, time_parallel=time_parallel
     )
+
+
+def every(recompute: bool | int | str) -> int:
+    """Steps between the states that are kept."""
+    return _EVERY if recompute is True or recompute == "x" else int(recompute) or 1
+
+
+def check_recompute(function: str, value: Any) -> bool | int | str:
+    """`value`, if it is a policy of what the backward computes again."""
+    if (isinstance(value, (bool, int)) and value >= 0) or value == "x":
+        return value  # type: ignore[no-any-return]
+    raise ArgumentError(f"{function}: recompute must be False, True, a number K >= 1 of steps, or 'x' (got {value!r})")
 
 
 def recurrence_of_x(
@@ -76,11 +87,11 @@ def recurrence_of_x(
     """A layer of which U is formed again in the backward."""
     call = Call(cell, tuple(constants), _EVERY, str(time_parallel))
     u = project(x.detach()[:0], [f.detach() for f in factors], window)  # only its dtype, that of autocast if it is on
-    o = native.operands(spec.cell_of(cell), u, arrays, c0, lengths, mask, reset)
+    o = native.operands(call, (u, c0, lengths, mask, reset, *arrays))
     x, *factors = (t.to(u.dtype) for t in (x, *factors))
     with _without_autocast(x.device.type):  # it is off when the backward forms U
-        h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *o[2:], *o.arrays)
-    return h.flatten(2), last
+        h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *o[1:])
+    return h, last
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -94,8 +105,11 @@ class _Layer(Function):
 
     @staticmethod
     def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        o = _operands(_u(window, x, rest[:n], rest[n:]), rest[n:])
-        return native.forward(call, o) if autograd.is_eager(o.u) else ops.forward(call, o)
+        o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
+        if autograd.is_eager(o[0]):
+            return native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+        h, last, saved = ops.forward(call, o)
+        return h.flatten(2), last, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -107,24 +121,18 @@ class _Layer(Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:  # type: ignore[override]
         x, *rest, saved = ctx.saved_tensors
-        n, (factors, others) = ctx.n, (rest[: ctx.n], rest[ctx.n :])
+        factors, others = rest[: ctx.n], rest[ctx.n :]
         if dh is None and dlast is None:
             return (None,) * (4 + len(rest))
         u, pullback = torch.func.vjp(lambda x, *factors: _u(ctx.window, x, factors, others), x, *factors)
-        c0, *flags_and_arrays = ctx.needs_input_grad[4 + n :]
-        need = (True, *flags_and_arrays[3:], c0)
-        du, *others_gradients = autograd.gradients(ctx.call, need, (u, *others), saved, dh, dlast)
-        return None, None, None, *pullback(du), *others_gradients
+        need = (True, *ctx.needs_input_grad[4 + ctx.n :])
+        du, *gradients = autograd.gradients(ctx.call, need, (u.contiguous(), *others), saved, dh, dlast)
+        return None, None, None, *pullback(du), *gradients
 
 
 def _u(window: int, x: Tensor, factors: Sequence[Tensor], others: Sequence[Any]) -> Tensor:
     _, lengths, mask, reset, *_ = others
     return project(x, factors, window, lengths, mask, reset)
-
-
-def _operands(u: Tensor, others: Sequence[Any]) -> Operands:
-    c0, lengths, mask, reset, *arrays = others
-    return Operands(u.contiguous(), tuple(arrays), c0, lengths, mask, reset)
 
 
 torch.compiler.allow_in_graph(recurrence_of_x)

@@ -1,7 +1,7 @@
 """The operators ``sru_rt::forward`` and ``sru_rt::backward``: one recurrence in a graph of PyTorch's compilers.
 
-They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. They record no
-gradient: that is the business of `autograd`, through which all calls go.
+They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. They record
+no gradient: that is the business of `autograd`, through which all calls go.
 """
 
 from __future__ import annotations
@@ -18,69 +18,81 @@ from . import native
 from .native import Call, Operands
 
 _OPERANDS = (
-    "str cell, Tensor u, Tensor[] arrays, Tensor? c0, Tensor? lengths, Tensor? mask, Tensor? reset, "
-    "float[] constants, int every, str time_parallel"
+    "Tensor u, Tensor? c0, Tensor? lengths, Tensor? mask, Tensor? reset, Tensor[] arrays, "
+    "str cell, float[] constants, int every, str time_parallel"
 )
+_N_OPERANDS = 10
 _library = torch.library.Library("sru_rt", "DEF")
 _library.define(f"forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    f"backward({_OPERANDS}, Tensor saved, Tensor? dh, Tensor? dc_last, bool[] need) -> Tensor[]",
+    f"backward({_OPERANDS}, Tensor saved, Tensor? dh, Tensor? dlast, bool[] need) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def forward(call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """As `native.forward`, for tensors that may be traced or batched."""
+    """As `native.forward`, for tensors that may be traced or batched; h is (L, B, D, d)."""
     return torch.ops.sru_rt.forward.default(*_arguments(call, o))  # type: ignore[no-any-return]
 
 
 def backward(
-    call: Call, o: Operands, saved: Tensor, dh: Tensor | None, dc_last: Tensor | None, need: Sequence[bool]
+    call: Call, o: Operands, saved: Tensor, dh: Tensor | None, dlast: Tensor | None, need: Sequence[bool]
 ) -> list[Tensor]:
-    """As `native.backward`, for tensors that may be traced or batched."""
+    """As `native.backward`, for tensors that may be traced or batched: the gradients that are wanted.
+
+    dh is (L, B, D, d).
+    """
     return torch.ops.sru_rt.backward.default(  # type: ignore[no-any-return]
-        *_arguments(call, o), saved, dh, dc_last, list(need)
+        *_arguments(call, o), saved, dh, dlast, list(need)
     )
 
 
 def _arguments(call: Call, o: Operands) -> tuple[Any, ...]:
-    tensors = (o.u, list(o.arrays), o.c0, o.lengths, o.mask, o.reset)
-    return call.cell, *tensors, list(call.constants), call.every, call.time_parallel
+    arrays = list(o[native.ARRAYS :])
+    return *o[: native.ARRAYS], arrays, call.cell, list(call.constants), call.every, call.time_parallel
 
 
 def _split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
     """The arguments of an operator as what they were made from, in order for kernels."""
-    cell, u, arrays, c0, lengths, mask, reset, constants, every, time_parallel = arguments[:10]
-    o = native.operands(spec.cell_of(cell), u, arrays, c0, lengths, mask, reset)
-    return Call(cell, tuple(constants), every, time_parallel), o
+    *first, arrays, cell, constants, every, time_parallel = arguments[:_N_OPERANDS]
+    call = Call(cell, tuple(constants), every, time_parallel)
+    return call, native.operands(call, (*first, *arrays))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return native.forward(*_split(arguments))
+    call, o = _split(arguments)
+    h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+    L, B, D, _, d = o[0].shape
+    return h.view(L, B, D, d), last, saved
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    return native.backward(*_split(arguments), *arguments[10:])
+    call, o = _split(arguments)
+    saved, dh, dlast, need = arguments[_N_OPERANDS:]
+    dh = None if dh is None else dh.flatten(2)
+    return [g for g in native.backward(call, o, saved, dh, dlast, tuple(need)) if g is not None]
 
 
 def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, o = _split(arguments)
-    cell, acc = spec.cell_of(call.cell), native.state_dtype(o.u.dtype)
+    u, cell = o[0], spec.cell_of(call.cell)
     native.check(call, cell, o)
-    L, B, D, _, d = o.u.shape
+    L, B, D, _, d = u.shape
+    acc = native.state_dtype(u.dtype)
     last = native.shape_of_state(cell, D, B, d)
     saved = native.shape_of_state(cell, native.kept(call, L), B, D, d)
-    return o.u.new_empty((L, B, D, d)), o.u.new_empty(last, dtype=acc), o.u.new_empty(saved, dtype=acc)
+    return u.new_empty((L, B, D, d)), u.new_empty(last, dtype=acc), u.new_empty(saved, dtype=acc)
 
 
 def _backward_without_values(*arguments: Any) -> list[Tensor]:
     call, o = _split(arguments)
-    need, cell = arguments[13], spec.cell_of(call.cell)
+    need, u, cell = arguments[-1], o[0], spec.cell_of(call.cell)
     native.check(call, cell, o)
-    _, B, D, _, d = o.u.shape
-    dc0 = o.u.new_empty(native.shape_of_state(cell, D, B, d), dtype=native.state_dtype(o.u.dtype))
-    made = (*native.gradients_like(o, need), dc0)
-    return [g for g, is_wanted in zip(made, need) if is_wanted and g is not None]
+    _, B, D, _, d = u.shape
+    found = native.gradients_like(o, need)
+    if need[1]:
+        found[1] = u.new_empty(native.shape_of_state(cell, D, B, d), dtype=native.state_dtype(u.dtype))
+    return [g for g in found if g is not None]
 
 
 for _device in ("CPU", "CUDA"):
@@ -94,22 +106,19 @@ torch.library.register_fake("sru_rt::backward", _backward_without_values, lib=_l
 # vmap. Channels know nothing of each other, and their axis is the last one of all tensors but flags. So a batch of
 # recurrences is one with more channels, unless each has flags of its own: then they run one after another.
 
-_FLAGS = (4, 5, 6)  # lengths, mask, reset among the arguments
+_FLAGS = (2, 3, 4)  # lengths, mask, reset among the arguments
 
 
-def _batched(operator: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+def _batched(operator: Any, kind: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     dims = [*in_dims, *[None] * (len(arguments) - len(in_dims))]
     n = info.batch_size
     if any(dims[i] is not None for i in _FLAGS):
         each = [operator(*[_one_of(a, dim, i) for a, dim in zip(arguments, dims)]) for i in range(n)]
         result = [torch.stack(parts) for parts in zip(*each)]
-        out_dims = [0] * len(result)
-    else:
-        folded = [a if i in _FLAGS else _as_channels(a, dim, n) for i, (a, dim) in enumerate(zip(arguments, dims))]
-        result = [r.unflatten(-1, (n, r.shape[-1] // n)) for r in operator(*folded)]
-        out_dims = [r.ndim - 2 for r in result]
-    sequence = tuple if operator is torch.ops.sru_rt.forward.default else list
-    return sequence(result), sequence(out_dims)
+        return kind(result), kind([0] * len(result))
+    folded = [a if i in _FLAGS else _as_channels(a, dim, n) for i, (a, dim) in enumerate(zip(arguments, dims))]
+    result = [r.unflatten(-1, (n, r.shape[-1] // n)) for r in operator(*folded)]
+    return kind(result), kind([r.ndim - 2 for r in result])
 
 
 def _one_of(value: Any, dim: Any, i: int) -> Any:
@@ -129,5 +138,6 @@ def _as_channels(value: Any, dim: Any, n: int) -> Any:
     return value.flatten(-2)
 
 
-torch.library.register_vmap("sru_rt::forward", partial(_batched, torch.ops.sru_rt.forward.default), lib=_library)
-torch.library.register_vmap("sru_rt::backward", partial(_batched, torch.ops.sru_rt.backward.default), lib=_library)
+for _name, _kind in (("forward", tuple), ("backward", list)):
+    _operator = getattr(torch.ops.sru_rt, _name).default
+    torch.library.register_vmap(f"sru_rt::{_name}", partial(_batched, _operator, _kind), lib=_library)

@@ -19,8 +19,8 @@ def project(
 ) -> Tensor:
     """U (L, B, D, k, d) of x (L, B, d_in).
 
-    `factors` are a weight (D, k, d, window*d_in), or (D, k, d, p) and (p, window*d_in). Padding, which may hold anything,
-    counts as zeros; so do tokens beyond an end or a boundary.
+    `factors` are a weight (D, k, d, window*d_in), or (D, k, d, p) and (p, window*d_in). Padding, which may hold
+    anything, counts as zeros; so do tokens beyond an end or a boundary.
     """
     D, k, d, _ = factors[0].shape
     first = factors[0].flatten(0, 2)

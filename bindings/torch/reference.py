@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import spec
 from ...graph import topological
-from .native import Call, Operands, declared, state_dtype
+from .native import ARRAYS, Call, Operands, declared, state_dtype
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "+": torch.add,
@@ -39,48 +39,48 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def recurrence(call: Call, o: Operands) -> tuple[Tensor, Tensor]:
-    """h (L, B, D, d) and the last states, as `native.forward`."""
-    D, n = o.u.shape[2], len(spec.cell_of(call.cell).state)
+    """h (L, B, D, d) and the last states of a recurrence, whose operands are as in `native`."""
+    D, n = o[0].shape[2], len(spec.cell_of(call.cell).state)
     each = [_direction(call, o, q) for q in range(D)]
     h = torch.stack([h for h, _ in each], 2)
     last = torch.stack([torch.stack(states) for _, states in each], 1)  # (n, D, B, d)
-    return h.to(o.u.dtype), last[0] if n == 1 else last
+    return h.to(o[0].dtype), last[0] if n == 1 else last
 
 
 def _direction(call: Call, o: Operands, q: int) -> tuple[Tensor, list[Tensor]]:
-    cell, (L, B, _, _, d), acc = spec.cell_of(call.cell), o.u.shape, state_dtype(o.u.dtype)
-    c0 = o.u.new_zeros((len(cell.state), B, d), dtype=acc) if o.c0 is None else o.c0.reshape(-1, *o.c0.shape[-3:])[:, q]
-    state, h = list(c0), [o.u.new_zeros((B, d), dtype=acc)] * L
+    cell, u, c0 = spec.cell_of(call.cell), o[0], o[1]
+    (L, B, _, _, d), acc = u.shape, state_dtype(u.dtype)
+    c0 = u.new_zeros((len(cell.state), B, d), dtype=acc) if c0 is None else c0.reshape(-1, *c0.shape[-3:])[:, q]
+    state, h = list(c0), [u.new_zeros((B, d), dtype=acc)] * L
     for t in reversed(range(L)) if q else range(L):
         padded, starts_anew = _flags(o, t, q)
         before = [torch.where(starts_anew, 0, s) for s in state]
         new, h_t = _step(call, o, t, q, before)
-        # The other branch must be finite where padding is not, or its gradient is NaN times zero.
         state = [torch.where(padded, old, value) for old, value in zip(before, new)]
         h[t] = torch.where(padded, 0, h_t)
-    stacked = torch.stack(h) if L else o.u.new_zeros((0, B, d), dtype=acc)
+    stacked = torch.stack(h) if L else u.new_zeros((0, B, d), dtype=acc)
     return stacked, state
 
 
 def _flags(o: Operands, t: int, q: int) -> tuple[Tensor, Tensor]:
     """Which sequences are padded at a step, and which start anew before it; (B, 1)."""
-    L, B = o.u.shape[:2]
-    no = torch.zeros(B, dtype=torch.bool, device=o.u.device)
-    padded = no if o.mask is None else o.mask[t]
+    u, _, lengths, mask, reset, *_ = o
+    no = torch.zeros(u.shape[1], dtype=torch.bool, device=u.device)
+    padded = no if mask is None else mask[t]
     boundary = t + 1 if q else t
-    starts_anew = no if o.reset is None or boundary >= L else o.reset[boundary]
-    if o.lengths is not None:
-        padded = padded | (t >= o.lengths)
-        starts_anew = starts_anew & (boundary < o.lengths)
+    starts_anew = no if reset is None or boundary >= u.shape[0] else reset[boundary]
+    if lengths is not None:
+        padded = padded | (t >= lengths)
+        starts_anew = starts_anew & (boundary < lengths)
     return padded[:, None], starts_anew[:, None]
 
 
 def _step(call: Call, o: Operands, t: int, q: int, state: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    cell, acc = spec.cell_of(call.cell), state_dtype(o.u.dtype)
+    cell, u, acc = spec.cell_of(call.cell), o[0], state_dtype(o[0].dtype)
     padded, _ = _flags(o, t, q)
     values: dict[str, Any] = dict(zip(cell.constants, call.constants))
-    values |= zip(cell.gates, _clean(o.u[t, :, q].to(acc), padded[..., None]).unbind(1))
-    for a, tensor in zip(declared(cell), o.arrays):
+    values |= zip(cell.gates, _clean(u[t, :, q].to(acc), padded[..., None]).unbind(1))
+    for a, tensor in zip(declared(cell), o[ARRAYS:]):
         if a.kind == "inputs":
             rows = tensor[t, :, q].to(acc)
             rows = rows if a.stacked else rows[:, None]
