@@ -48,6 +48,8 @@ class Check:
 
     def number(self, name: str, value: Any) -> float:
         found = None if isinstance(value, (int, float)) else libraries.of(value)
+        if getattr(value, "requires_grad", False):
+            raise self.error(name, f"must be a number (got an array that requires a gradient); pass float({name})")
         if found is not None and not found.reads_values:
             way = f"pass float({name}), which waits for the device"
             raise self.error(name, f"must be a number (got an array on {found.device}); {way}")

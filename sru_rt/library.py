@@ -61,6 +61,9 @@ class Library(Protocol):
     def to_host(self, array: NDArray) -> np.ndarray[Any, Any]:
         """As a NumPy array; waits for the device. NumPy arrays are themselves."""
 
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        """A NumPy array as one of this library, on this device."""
+
     def integers(self, array: NDArray) -> NDArray:
         """A copy as int64, also of a NumPy array."""
 
@@ -108,7 +111,7 @@ def of(value: Any) -> Library | None:
     if isinstance(value, kind):
         return on_cupy.library(cupy, value.data.device_id)
     torch: Any = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
         binding: Any = importlib.import_module(f"{__package__}.bindings.torch.library")
         return binding.library(value)
     return None

@@ -79,6 +79,9 @@ class CuPy:
         values: np.ndarray[Any, Any] = array.get()
         return values
 
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        return self.xp.asarray(array)
+
     def integers(self, array: NDArray) -> NDArray:
         return self.xp.array(array, np.int64)
 

@@ -58,6 +58,9 @@ class NumPy:
     def to_host(self, array: NDArray) -> NDArray:
         return array
 
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        return array
+
     def integers(self, array: NDArray) -> NDArray:
         return np.array(array, np.int64)
 

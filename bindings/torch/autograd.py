@@ -49,18 +49,18 @@ def recurrence(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming what does not fit.
     """
     given = (u, c0, lengths, mask, reset, *arrays)
-    call = Call(cell, tuple(constants), every, str(time_parallel))
+    recorded = records(u, c0, *arrays)
+    call = Call(cell, tuple(constants), every, str(time_parallel), recorded)
     if not is_eager(u):
-        o = native.operands(call, given)
-        h, last, _ = _Traced.apply(call, *o)
+        # A tensor of one level of torch.func does not tell what others want.
+        call = call._replace(keep=(recorded or _is_transformed()) and not torch.compiler.is_exporting())
+        h, last, _ = _Traced.apply(call, *native.operands(call, given))
         return h.flatten(2), last
-    if not records(u, c0, *arrays):
-        call = call._replace(every=0)
-        plan, o = _planned(call, given)
-        h, last, _ = native.forward(plan, o)
-        return h, last
     plan, o = _planned(call, given)
-    return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
+    if recorded:
+        return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
+    h, last, _ = native.forward(plan, o)
+    return h, last
 
 
 def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
@@ -77,16 +77,17 @@ def is_eager(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and (tensor.is_cpu or tensor.is_cuda)
-        and _no_transformation()
+        and not _is_transformed()
         and not torch.compiler.is_compiling()
     )
 
 
-def _no_transformation() -> bool:
+def _is_transformed() -> bool:
+    """Whether torch.func or a mode of dispatch is at work."""
     try:
-        return torch._C._functorch.peek_interpreter_stack() is None and torch._C._len_torch_dispatch_stack() == 0
+        return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
     except AttributeError:  # of another release of PyTorch: the way that is right for all
-        return False
+        return True
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -143,6 +144,9 @@ def gradients(
     """
     if dh is None and dlast is None:
         return (None,) * len(o)
+    if not call.keep:  # a program that was traced without a gradient is differentiated after all
+        call = call._replace(keep=True)
+        _, _, saved = ops.forward(call, tuple([t if t is None else t.detach() for t in o]))
     if is_eager(o[0]) and not records(*o, dh, dlast) and is_eager(dh if dlast is None else dlast):
         return tuple(native.backward(call, o, saved, dh, dlast, need))
     dh = None if dh is None else dh.unflatten(2, (o[0].shape[2], -1))
@@ -200,6 +204,27 @@ def _put(values: Sequence[Any], at: Sequence[int], chosen: Sequence[Any]) -> lis
         found[i] = value
     return found
 
+
+def _recorded_forward(*arguments: Any) -> Any:
+    """The operator in a program that was exported, and is trained."""
+    call, o = ops.split(arguments)
+    if records(*o):
+        return _Traced.apply(call, *o)
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.forward(call, o)
+
+
+def _recorded_backward(*arguments: Any) -> Any:
+    call, o = ops.split(arguments)
+    saved, dh, dlast, need = arguments[-4:]
+    if records(*o, dh, dlast):
+        return list(_Backward.apply(call, tuple(need), saved, dh, dlast, *o))
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.backward(call, o, saved, dh, dlast, need)
+
+
+ops.LIBRARY.impl("forward", _recorded_forward, "Autograd")
+ops.LIBRARY.impl("backward", _recorded_backward, "Autograd")
 
 # The compiler takes calls as they are, and traces what they do with tensors that have no values, checks included.
 torch.compiler.allow_in_graph(recurrence)

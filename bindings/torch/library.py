@@ -52,17 +52,24 @@ class PyTorch:
             got = "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
             way = "pass one" if value is None else f"pass torch.as_tensor({name}, device={str(self._device)!r})"
             raise LibraryError(f"{function}: {name} must be a tensor, as {origin} is (got {got}); {way}")
-        if value.layout != torch.strided:
-            raise LibraryError(f"{function}: {name} is {value.layout}; it must be dense: pass {name}.to_dense()")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout)
+            way = "torch.nested.to_padded_tensor, and lengths=" if value.is_nested else f"{name}.to_dense()"
+            raise LibraryError(f"{function}: {name} is {kind}; it must be a dense tensor: pass {way}")
         if value.device != self._device:
             way = f"pass {name}.to({str(self._device)!r})"
             raise LibraryError(
                 f"{function}: {name} is on device {value.device}, but {origin} is on {self._device}; {way}"
             )
-        return value
+        return _as_autocast(value) if name in ("x", "u") or name.startswith("weight") else value
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> Tensor:
+        if array.dtype.name == "bfloat16":  # which PyTorch does not take from NumPy
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
+        return torch.from_numpy(array).to(self._device)
 
     def integers(self, array: Any) -> Tensor:
         found = torch.from_numpy(array.astype(np.int64)) if isinstance(array, np.ndarray) else array
@@ -73,6 +80,15 @@ class PyTorch:
 
     def contiguous(self, array: Tensor, dtype: np.dtype[Any]) -> Tensor:
         return array.to(getattr(torch, dtype.name)).contiguous()
+
+
+def _as_autocast(value: Tensor) -> Tensor:
+    """What a product is given, in the dtype in which it is formed."""
+    kind = value.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return value
+    eligible = value.is_floating_point() and value.dtype != torch.float64
+    return value.to(torch.get_autocast_dtype(kind)) if eligible else value
 
 
 @cache

@@ -36,13 +36,15 @@ _MOST_PLANS = 4096
 class Call(NamedTuple):
     """All of a recurrence that is no tensor.
 
-    `cell` is a text of `spec`. `every` = K keeps the state before steps 0, K, 2K, ... for the backward, 0 none.
+    `cell` is a text of `spec`. If states are to be kept for the backward, they are those before steps 0, K, 2K, ... with
+    `every` = K.
     """
 
     cell: str
     constants: tuple[float, ...] = ()
-    every: int = 0
+    every: int = 1
     time_parallel: str = "auto"  # or "True", "False"
+    keep: bool = True
 
 
 class Plan(NamedTuple):
@@ -157,7 +159,7 @@ def shape_of_state(cell: Cell, *axes: Any) -> tuple[Any, ...]:
 
 def kept(call: Call, L: Any) -> Any:
     """The number of states that are kept for the backward."""
-    return -(-L // call.every) if call.every else 0
+    return -(-L // call.every) if call.keep else 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ class _Sizes:
             given=self._given(at, self.forward_chunk),
             h=h,
             c_last=self._each(c_last, D * B * d),
-            saved=self._each(saved if self.call.every else 0, self.kept * B * D * d),
+            saved=self._each(saved if self.call.keep else 0, self.kept * B * D * d),
         )
         return Plan(Prepared(self.variant, arguments, self.device), results)
 
@@ -305,7 +307,7 @@ class _Sizes:
         call = self.call
         time_parallel = {"True": True, "False": False}.get(call.time_parallel, call.time_parallel)
         found = launch.chunk(self.variant, self.shape, forward, time_parallel, self.device)  # type: ignore[arg-type]
-        return 0 if forward and call.every and found % call.every else found
+        return 0 if forward and found % call.every else found
 
     def _carry(self, chunk: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Scratch for what chunks of time leave to each other; the last of the results."""
@@ -323,7 +325,7 @@ class _Sizes:
             B=self.B,
             D=self.D,
             d=self.d,
-            every=self.call.every,
+            every=self.call.every if self.call.keep else 0,
             lengths=lengths,
             mask=mask,
             reset=reset,

@@ -1,7 +1,7 @@
 """The operators ``sru_rt::forward`` and ``sru_rt::backward``: one recurrence in a graph of PyTorch's compilers.
 
-They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. They record
-no gradient: that is the business of `autograd`, through which all calls go.
+They have kernels for the CPU and CUDA devices, results without values for tracing, and a rule for `vmap`. Calls go through
+`autograd`, which registers what records a gradient, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .native import Call, Operands
 
 _OPERANDS = (
     "Tensor u, Tensor? c0, Tensor? lengths, Tensor? mask, Tensor? reset, Tensor[] arrays, "
-    "str cell, float[] constants, int every, str time_parallel"
+    "str cell, float[] constants, int every, str time_parallel, bool keep"
 )
-_N_OPERANDS = 10
-_library = torch.library.Library("sru_rt", "DEF")
-_library.define(f"forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
+_N_OPERANDS = 11
+LIBRARY = torch.library.Library("sru_rt", "DEF")
+LIBRARY.define(f"forward({_OPERANDS}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(
     f"backward({_OPERANDS}, Tensor saved, Tensor? dh, Tensor? dlast, bool[] need) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -49,32 +49,32 @@ def backward(
 
 def _arguments(call: Call, o: Operands) -> tuple[Any, ...]:
     arrays = list(o[native.ARRAYS :])
-    return *o[: native.ARRAYS], arrays, call.cell, list(call.constants), call.every, call.time_parallel
+    return *o[: native.ARRAYS], arrays, call.cell, list(call.constants), *call[2:]
 
 
-def _split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
+def split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
     """The arguments of an operator as what they were made from, in order for kernels."""
-    *first, arrays, cell, constants, every, time_parallel = arguments[:_N_OPERANDS]
-    call = Call(cell, tuple(constants), every, time_parallel)
+    *first, arrays, cell, constants, every, time_parallel, keep = arguments[:_N_OPERANDS]
+    call = Call(cell, tuple(constants), every, time_parallel, keep)
     return call, native.operands(call, (*first, *arrays))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, o = _split(arguments)
+    call, o = split(arguments)
     h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
     L, B, D, _, d = o[0].shape
     return h.view(L, B, D, d), last, saved
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    call, o = _split(arguments)
+    call, o = split(arguments)
     saved, dh, dlast, need = arguments[_N_OPERANDS:]
     dh = None if dh is None else dh.flatten(2)
     return [g for g in native.backward(call, o, saved, dh, dlast, tuple(need)) if g is not None]
 
 
 def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, o = _split(arguments)
+    call, o = split(arguments)
     u, cell = o[0], spec.cell_of(call.cell)
     native.check(call, cell, o)
     L, B, D, _, d = u.shape
@@ -85,7 +85,7 @@ def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_without_values(*arguments: Any) -> list[Tensor]:
-    call, o = _split(arguments)
+    call, o = split(arguments)
     need, u, cell = arguments[-1], o[0], spec.cell_of(call.cell)
     native.check(call, cell, o)
     _, B, D, _, d = u.shape
@@ -96,10 +96,10 @@ def _backward_without_values(*arguments: Any) -> list[Tensor]:
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
-torch.library.register_fake("sru_rt::forward", _forward_without_values, lib=_library)
-torch.library.register_fake("sru_rt::backward", _backward_without_values, lib=_library)
+    LIBRARY.impl("forward", _forward, _device)
+    LIBRARY.impl("backward", _backward, _device)
+torch.library.register_fake("sru_rt::forward", _forward_without_values, lib=LIBRARY)
+torch.library.register_fake("sru_rt::backward", _backward_without_values, lib=LIBRARY)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,4 +140,4 @@ def _as_channels(value: Any, dim: Any, n: int) -> Any:
 
 for _name, _kind in (("forward", tuple), ("backward", list)):
     _operator = getattr(torch.ops.sru_rt, _name).default
-    torch.library.register_vmap(f"sru_rt::{_name}", partial(_batched, _operator, _kind), lib=_library)
+    torch.library.register_vmap(f"sru_rt::{_name}", partial(_batched, _operator, _kind), lib=LIBRARY)
