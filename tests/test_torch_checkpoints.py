@@ -27,9 +27,9 @@ def same(state_dict, made, **keywords):
     """Whether a module with the same options computes the same from `state_dict` as `made` does."""
     other = SRU(N, D, 2, **keywords).eval()
     other.load_state_dict(state_dict)
-    x = torch.randn(L, B, N)
+    x = torch.randn(L, B, N, generator=torch.Generator().manual_seed(5))
     for found, expected in zip(other(x), made(x)):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_own_layout_is_left_alone():
@@ -69,9 +69,9 @@ def test_3_0_0_dev_within_a_model():
 def test_3_0_0_dev_with_a_projection_that_has_no_effect_here():
     """That release makes a pair of matrices of any size."""
     made = module()
-    weight = made.rnn_lst[0].weight
-    inner = torch.randn(N + 2, N)
-    outer = torch.linalg.lstsq(inner.t(), weight.detach()).solution.t()  # outer @ inner = weight.t()
+    weight = made.rnn_lst[0].weight.detach()
+    inner = torch.eye(N + 2, N) * 2
+    outer = torch.cat([weight / 2, torch.ones(2, weight.shape[1])]).t()  # outer @ inner = weight.t()
     old = renamed_as_in_3(made.state_dict())
     del old["rnn_lst.0.transform_module.weight"]
     old |= {"rnn_lst.0.transform_module.0.weight": inner, "rnn_lst.0.transform_module.1.weight": outer}

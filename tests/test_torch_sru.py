@@ -154,9 +154,10 @@ def test_lengths_mask_and_packed_sequences_agree(keywords):
     close(made(packed, c, none_left)[1], c)  # a mask counts beside the packing
 
 
-def test_padding_may_hold_anything():
-    made = make()
-    x, lengths = tokens(), torch.tensor(LENGTHS)
+@pytest.mark.parametrize("keywords", (*KINDS, {"proj_input_to_hidden_first": True}), ids=str)
+def test_padding_may_hold_anything(keywords):
+    made = make(N, **keywords) if "proj_input_to_hidden_first" in keywords else make(**keywords)
+    x, lengths = tokens(L, B, made.input_size), torch.tensor(LENGTHS)
     dirty = x.masked_fill((torch.arange(L)[:, None] >= lengths)[..., None], float("nan")).requires_grad_()
     results = made(dirty, lengths=lengths)
     close(results, made(x, lengths=lengths))

@@ -49,8 +49,8 @@ def convert(state_dict: Mapping[str, Any], *, custom_m: bool = False) -> dict[st
     """
     found = dict(state_dict)
     for key in state_dict:
-        prefix, is_cell_of_3, rest = key.rpartition("transform_module.")
-        is_cell_of_3 = is_cell_of_3 and f"{prefix}weight_c" in state_dict
+        prefix, found_in_key, rest = key.rpartition("transform_module.")
+        is_cell_of_3 = bool(found_in_key) and f"{prefix}weight_c" in state_dict
         if is_cell_of_3 and custom_m:
             found[f"{prefix}custom_m.{rest}"] = found.pop(key)
         elif is_cell_of_3 and rest in ("weight", "1.weight"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ...check import Check
 from . import given, sru_given
 from .packed import repack, unpack
+from .projection import without_padding
 from .sru_cell import SRUCell
 
 __all__ = ["SRU", "SRUCell"]
@@ -176,7 +177,8 @@ class SRU(nn.Module):
         mask_pad = self._flags(check, "mask_pad", mask_pad, L, B, x.device)
         reset = self._flags(check, "reset", reset, L, B, x.device)
         lengths = given.lengths(check, lengths, L, B, x.device)
-        x = x if self.input_to_hidden is None else self.input_to_hidden(x)
+        if self.input_to_hidden is not None:
+            x = self.input_to_hidden(without_padding(x, lengths, mask_pad))
         last = []
         for cell, state in zip(self.rnn_lst, states):
             x, c = cell(x, state, mask_pad, lengths=lengths, reset=reset)
@@ -211,15 +213,15 @@ class SRU(nn.Module):
 
     def _checked(self, check: Check, x: Any, letters: str) -> Tensor:
         """x, checked against the parameters that see it first."""
-        cell = self.rnn_lst[0]
+        cell: Any = self.rnn_lst[0]
         first = cell.input_weight if self.input_to_hidden is None else self.input_to_hidden.weight
         return sru_given.tokens(check, x, letters, self.input_size, cell.bias.device, first)
 
     def _flags(self, check: Check, name: str, value: Any, L: Any, B: Any, device: torch.device) -> Tensor | None:
         """(L, B) as bool, from that, or from (B, L) if batch_first."""
-        if value is None or not self.batch_first:
-            return sru_given.flags(check, name, value, "L B", (L, B), device)
-        return sru_given.flags(check, name, value, "B L", (B, L), device).transpose(0, 1)
+        letters, sizes = ("B L", (B, L)) if self.batch_first else ("L B", (L, B))
+        found = sru_given.flags(check, name, value, letters, sizes, device)
+        return found.transpose(0, 1) if found is not None and self.batch_first else found
 
     def _states_of_layers(self, check: Check, c0: Any, x: Tensor) -> Sequence[Tensor]:
         """(B, D*d) for each layer, from either layout; which one it is shows in the sizes that the module knows."""
@@ -243,7 +245,7 @@ class SRU(nn.Module):
         return ", ".join([str(self.input_size), str(self.hidden_size), f"num_layers={self.num_layers}", *shown])
 
 
-def _per_layer(check: Check, name: str, value: Any, num_layers: int) -> Sequence[Any]:
+def _per_layer(check: Check, name: str, value: Any, num_layers: int) -> Iterable[Any]:
     """One value for each layer, from one for all or a sequence."""
     if not isinstance(value, (list, tuple, nn.ModuleList)):
         return [value] * num_layers
@@ -252,7 +254,7 @@ def _per_layer(check: Check, name: str, value: Any, num_layers: int) -> Sequence
     return value
 
 
-def _modules(check: Check, custom_m: Any, num_layers: int) -> Sequence[Any]:
+def _modules(check: Check, custom_m: Any, num_layers: int) -> Iterable[Any]:
     """A module for each layer: those given, or copies of the one given."""
     if isinstance(custom_m, (list, tuple, nn.ModuleList)) or custom_m is None:
         return _per_layer(check, "custom_m", custom_m, num_layers)

@@ -68,7 +68,13 @@ class SRUCell(nn.Module):
         ArgumentError, ShapeError, DtypeError, LibraryError: naming the argument, what it is and what it must be.
     """
 
+    weight: Tensor  # None with custom_m
+    weight_proj: Tensor | None
+    weight_c: Tensor
+    bias: Tensor
     scale_x: Tensor
+    layer_norm: nn.LayerNorm | None
+    custom_m: Any  # a module, or None
 
     def __init__(
         self,
@@ -212,7 +218,7 @@ class SRUCell(nn.Module):
         L, B = x.shape[0], x.shape[1]
         if c0 is not None:
             c0 = sru_given.state(check, c0, "B D*d", (B, self.output_size), x)
-            c0 = c0.reshape(B, self.num_directions, self.hidden_size).transpose(0, 1)
+            c0 = self._by_direction(c0, B)
         if one_step and isinstance(mask_pad, Tensor):
             mask_pad = mask_pad.reshape(1, -1)
         layout = {
@@ -222,7 +228,8 @@ class SRUCell(nn.Module):
         }
         h, c = self._run(check, x, c0, layout, one_step)
         h = self.layer_norm(h) if self.layer_norm is not None and self.normalize_after else h
-        return (h[0] if one_step else h), c.transpose(0, 1).reshape(B, self.output_size)
+        c = c.squeeze(0) if self.num_directions == 1 else c.transpose(0, 1).reshape(B, self.output_size)
+        return (h.squeeze(0) if one_step else h), c
 
     def _run(
         self, check: Check, x: Tensor, c0: Tensor | None, layout: dict[str, Any], one_step: bool
@@ -239,11 +246,11 @@ class SRUCell(nn.Module):
         m = self.get_dropout_mask_((B, self.output_size), self.dropout) if dropped else None
         u, v = (None, None) if self.custom_m is None else self._custom_gates(check, seen)
         if v is None and not self.v1:
-            v = self.weight_c.view(2, D, d).transpose(0, 1)
+            v = self._by_direction(self.weight_c, 2)
         skips_x = self.has_skip_term and self.num_matrices == 3
         arrays = [x.view(L, B, D, d)] if skips_x else []
         arrays += [m.view(B, D, d)] if m is not None else []
-        arrays += [self.bias.view(2, D, d).transpose(0, 1)]
+        arrays += [self._by_direction(self.bias, 2)]
         arrays += [v] if v is not None else []
         layout["constants"] = (self._alpha if self.rescale else 1.0,) if skips_x else ()
         text = self._texts["none" if v is None else "inputs" if v.dim() == 5 else "params", dropped]
@@ -251,6 +258,11 @@ class SRUCell(nn.Module):
             return recurrence_of_x(text, seen, self._factors(), arrays, c0, **layout)
         u = self._gates(seen, one_step) if u is None else u
         return recurrence(text, u, arrays, c0, **layout, every=int(self.recompute) or 1)
+
+    def _by_direction(self, tensor: Tensor, n: Any) -> Tensor:
+        """(n*D*d,) or (n, D*d) -> (D, n, d), without a copy."""
+        D, d = self.num_directions, self.hidden_size
+        return tensor.reshape(1, n, d) if D == 1 else tensor.reshape(n, D, d).transpose(0, 1)
 
     def _gates(self, x: Tensor, one_step: bool) -> Tensor:
         """U (L, B, D, k, d) of x (L, B, input_size)."""
@@ -282,7 +294,7 @@ class SRUCell(nn.Module):
         if added is None:
             return u, None
         if isinstance(added, Tensor) and added.dim() == 1 and len(added) == 2 * self.output_size:
-            return u, (added + self.weight_c).view(2, D, d).transpose(0, 1)
+            return u, self._by_direction(added + self.weight_c, 2)
         added = self._from_custom_m(check, "V", added, 2 * self.output_size, x)
         return u, _planar((added + self.weight_c).reshape(L, B, D, d, 2))
 
@@ -320,7 +332,7 @@ class SRUCell(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SRUCell:
         """Converts as any module does, but for alpha, which 16 bits would round."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale_x.dtype in (torch.float16, torch.bfloat16):
             self.scale_x = torch.full((1,), self._alpha, dtype=torch.float32, device=self.scale_x.device)
         return self
@@ -340,7 +352,7 @@ class SRUCell(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_texts"}  # made by this release
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._texts = self._texts_of_cells()
 
     def extra_repr(self) -> str:
