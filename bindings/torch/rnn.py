@@ -3,5 +3,5 @@
 from .min_rnns import MinGRU as MinGRU
 from .min_rnns import MinLSTM as MinLSTM
 from .own import RNN as RNN
-from .qrnn import QRNN as QRNN
-from .qrnn import QRNNState as QRNNState
+from .qrnn_module import QRNN as QRNN
+from .qrnn_module import QRNNState as QRNNState
