@@ -17,7 +17,7 @@ from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError
 
 torch = pytest.importorskip("torch")
 
-from sru_rt.bindings.torch.rnn import QRNN, RNN, MinGRU, MinLSTM  # noqa: E402
+from sru_rt.bindings.torch import QRNN, RNN, MinGRU, MinLSTM  # noqa: E402
 from torch.nn.utils.rnn import pack_sequence  # noqa: E402
 
 

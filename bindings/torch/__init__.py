@@ -9,10 +9,10 @@ from .functional import minlstm as minlstm
 from .functional import own_cell as own_cell
 from .functional import qrnn as qrnn
 from .functional import sru as sru
-from .rnn import QRNN as QRNN
-from .rnn import RNN as RNN
-from .rnn import MinGRU as MinGRU
-from .rnn import MinLSTM as MinLSTM
-from .rnn import QRNNState as QRNNState
+from .min_rnns import MinGRU as MinGRU
+from .min_rnns import MinLSTM as MinLSTM
+from .own import RNN as RNN
+from .qrnn_module import QRNN as QRNN
+from .qrnn_module import QRNNState as QRNNState
 from .sru_modules import SRU as SRU
 from .sru_modules import SRUCell as SRUCell
