@@ -52,17 +52,21 @@ class Plan(NamedTuple):
 
     prepared: Prepared
     results: Sequence[tuple[tuple[int, ...], torch.dtype]]  # what is to be allocated
+    gpu: torch.device | None
 
     def run(self, *tensors: Tensor | None) -> None:
         """Runs the pass on the operands and results, in order on PyTorch's current stream."""
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        u = tensors[0]
-        if u.is_cpu:  # type: ignore[union-attr]
+        if self.gpu is None:
             self.prepared.run(addresses)
             return
-        device = u.device  # type: ignore[union-attr]
-        with torch.cuda.device(device):
-            self.prepared.run(addresses, int(torch.cuda.current_stream(device).cuda_stream))
+        with torch.cuda.device(self.gpu):
+            self.prepared.run(addresses, int(torch.cuda.current_stream(self.gpu).cuda_stream))
+
+
+def _gpu(tensor: Tensor) -> torch.device | None:
+    """The GPU where a tensor is, None for the host."""
+    return None if tensor.is_cpu else tensor.device
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -226,7 +230,8 @@ class _Sizes:
         self.call, self.o, self.cell = call, o, cell
         self.L, self.B, self.D, self.d = self.shape = tuple(sizes[axis] for axis in "LBDd")
         u = o[0]
-        self.acc, self.device = state_dtype(u.dtype), "cpu" if u.is_cpu else f"cuda:{u.device.index}"
+        self.acc, self.gpu = state_dtype(u.dtype), _gpu(u)
+        self.device = str(self.gpu or "cpu")
         self.variant = Variant(cell, _DTYPES[u.dtype], _DTYPES[self.acc], self._wide())
         self.forward_chunk = self._chunk(forward=True)
         self.n, self.kept = len(cell.state), kept(call, self.L)
@@ -248,7 +253,7 @@ class _Sizes:
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self.call.keep else 0, self.kept * B * D * d),
         )
-        return Plan(Prepared(self.variant, arguments, self.device), results)
+        return Plan(Prepared(self.variant, arguments, self.device), results, self.gpu)
 
     def backward(self, saved: Tensor, dh: Tensor, dlast: Tensor | None, need: tuple[bool, ...]) -> Plan:
         cell, (L, B, D, d), every = self.cell, self.shape, self.call.every
@@ -285,7 +290,7 @@ class _Sizes:
             dc0=self._each(dc0, D * B * d),
             saved_chunk=self.forward_chunk,
         )
-        return Plan(Prepared(self.variant, arguments, self.device), results)
+        return Plan(Prepared(self.variant, arguments, self.device), results, self.gpu)
 
     def _wide(self) -> int:
         """Bit i says that input i of every step is in the dtype of the state."""
