@@ -211,7 +211,7 @@ def shape_of_h(u: Tensor) -> tuple[Any, ...]:
 
 
 def gradients_like(o: Operands, need: Sequence[bool]) -> list[Tensor | None]:
-    """Memory for the gradients of U and the arrays, laid out as these are; None for the others."""
+    """Memory for the gradients of U and the arrays; None for the others."""
     return [_empty_like(t) if need[i] and (not i or i >= ARRAYS) else None for i, t in enumerate(o)]
 
 
@@ -275,7 +275,7 @@ class _Sizes:
         p_saved, p_dh, p_dlast = at[n : n + 3]
         wanted = [p if needed else 0 for p, needed in zip(at[n + 3 :], need)]
         dc0, partial, states = at[2 * n + 3 :][:3]
-        slots = self._slots(wanted)
+        slots = self._slots(wanted, gradients=True)
         arguments = abi.Backward(
             given=self._given(at, chunk),
             dh=p_dh,
@@ -343,14 +343,15 @@ class _Sizes:
             carry=at[-1] if chunk else 0,
         )
 
-    def _slots(self, at: Sequence[int]) -> dict[str, list[abi.Slot]]:
-        """A slot for each value of the step function, of U and the arrays at the addresses `at`."""
+    def _slots(self, at: Sequence[int], gradients: bool = False) -> dict[str, list[abi.Slot]]:
+        """A slot for each value of the step function, of U and the arrays at the addresses `at`, or their gradients."""
         found: dict[str, list[abi.Slot]] = {kind: [] for kind in ("gates", "inputs", "per_sequence", "params")}
         gates = next(a for a in self.cell.arrays if a.kind == "gates")
         named = [(gates, self.o[0], at[0]), *zip(declared(self.cell), self.o[ARRAYS:], at[ARRAYS:])]
         for a, tensor, address in named:
             n, d = len(a.members), self.d
-            between, row = (tensor.stride(1), tensor.stride(0)) if a.kind == "params" else (d, n * d)
+            own_rows = a.kind == "params" and not gradients
+            between, row = (tensor.stride(1), tensor.stride(0)) if own_rows else (d, n * d)
             for i in range(n):
                 slot = abi.Slot(address + i * between * tensor.element_size(), row) if address else abi.NOT_WANTED
                 found[a.kind].append(slot)
@@ -362,4 +363,5 @@ def _allocate(like: Tensor, results: Sequence[tuple[tuple[int, ...], torch.dtype
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+    # In rows whatever the strides of a parameter, which may be a part of a larger tensor.
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
