@@ -73,15 +73,18 @@ class Backward(NamedTuple):
 
 def pack(cell: Cell, arguments: Forward | Backward) -> bytes:
     """The struct that a kernel of `cell` reads."""
-    values = _given(arguments.given)
+    return layout(cell, isinstance(arguments, Forward)).pack(*values(arguments))
+
+
+def values(arguments: Forward | Backward) -> list[int | float]:
+    """The fields of the struct, in their order."""
+    found = _given(arguments.given)
     if isinstance(arguments, Forward):
-        values += [arguments.h, *arguments.c_last, *arguments.saved]
-    else:
-        b = arguments
-        values += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
-        values += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
-        values += [*b.dc0, b.saved_chunk]
-    return layout(cell, isinstance(arguments, Forward)).pack(*values)
+        return [*found, arguments.h, *arguments.c_last, *arguments.saved]
+    b = arguments
+    found += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
+    found += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
+    return [*found, *b.dc0, b.saved_chunk]
 
 
 @cache

@@ -100,4 +100,4 @@ def like(function: str, value: Any, example: Any) -> Any:
     if own is None:
         return dlpack.like(function, value, example)
     with own.current():
-        return dlpack.each_array(value, own.xp.asarray)
+        return dlpack.each_array(value, own.from_host)

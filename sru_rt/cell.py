@@ -62,13 +62,15 @@ class Array:
 class Cell:
     """A recurrence, element-wise over channels: ``new state, h = step(gates, inputs, ..., state, constants)``.
 
-    The step function is called with the values named by `arrays` and `constants` as keyword arguments.
+    The step function is called with the values named by `arrays` and `constants` as keyword arguments. `options` are
+    those that a built-in cell is made from; the module of their class says which.
     """
 
     name: str
     step: Callable[..., Any]
     arrays: tuple[Array, ...]
     constants: tuple[str, ...] = ()
+    options: Any = None
 
     def __post_init__(self) -> None:
         names = self.names

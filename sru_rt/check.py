@@ -9,7 +9,7 @@ import numpy as np
 
 from . import library as libraries
 from . import settings
-from .dtypes import IO_DTYPES, name_of
+from .dtypes import IO_DTYPES, is_integer, name_of
 from .errors import ArgumentError, DtypeError, ShapeError
 from .library import Library, NDArray
 from .on_numpy import NUMPY
@@ -48,6 +48,8 @@ class Check:
 
     def number(self, name: str, value: Any) -> float:
         found = None if isinstance(value, (int, float)) else libraries.of(value)
+        if getattr(value, "requires_grad", False):
+            raise self.error(name, f"must be a number (got an array that requires a gradient); pass float({name})")
         if found is not None and not found.reads_values:
             way = f"pass float({name}), which waits for the device"
             raise self.error(name, f"must be a number (got an array on {found.device}); {way}")
@@ -77,15 +79,16 @@ class Check:
         if array.ndim != len(letters):
             raise self.error(
                 name,
-                f"has {array.ndim} axes, shape {array.shape}; it needs {self._describe(letters, name)}",
+                f"has {array.ndim} axes, shape {tuple(array.shape)}; it needs {self._describe(letters, name)}",
                 ShapeError,
             )
         for letter, size in zip(letters, array.shape):
             needed = int(letter) if letter.isdigit() else self.sizes.setdefault(letter, (size, name))[0]
             if size != needed:
-                raise self.error(name, f"has shape {array.shape}; it needs {self._describe(letters, name)}", ShapeError)
+                needs = self._describe(letters, name)
+                raise self.error(name, f"has shape {tuple(array.shape)}; it needs {needs}", ShapeError)
             if size == 0 and letter in ("d", "d_in", "p"):  # L and B may be 0
-                problem = f"has shape {array.shape}, {letter} = 0; {letter} must be at least 1"
+                problem = f"has shape {tuple(array.shape)}, {letter} = 0; {letter} must be at least 1"
                 raise self.error(name, problem, ShapeError)
 
     def _describe(self, letters: Sequence[str], name: str) -> str:
@@ -103,19 +106,19 @@ class Check:
     def dtype(self, name: str, array: NDArray, dtypes: Sequence[str]) -> None:
         if name_of(array.dtype) not in dtypes:
             needed = " or ".join(dict.fromkeys(dtypes))
-            way = f"convert it with {name}.astype({dtypes[0]!r})"
+            way = f"convert it with {self.library.conversion(name, dtypes[0])}"
             if name.startswith("out"):
                 way = f"pass {self.library.name}.empty({array.shape}, {dtypes[0]!r})"
-            elif self.leading and array.dtype.name in IO_DTYPES:
-                way += f", or give {self.leading} the dtype {array.dtype.name}"
-            raise DtypeError(f"{self.function}: {name} has dtype {array.dtype.name}; it needs {needed}: {way}")
+            elif self.leading and name_of(array.dtype) in IO_DTYPES:
+                way += f", or give {self.leading} the dtype {name_of(array.dtype)}"
+            raise DtypeError(f"{self.function}: {name} has dtype {name_of(array.dtype)}; it needs {needed}: {way}")
 
     def io_dtype(self, name: str, array: NDArray) -> str:
         """The dtype of x (or u), which all others follow."""
         if name_of(array.dtype) not in IO_DTYPES:
             raise DtypeError(
-                f"{self.function}: {name} has dtype {array.dtype.name}; it needs one of {', '.join(IO_DTYPES)}: "
-                f"convert it with {name}.astype('float32')"
+                f"{self.function}: {name} has dtype {name_of(array.dtype)}; it needs one of {', '.join(IO_DTYPES)}: "
+                f"convert it with {self.library.conversion(name, 'float32')}"
             )
         self.leading = name
         return name_of(array.dtype)
@@ -128,15 +131,16 @@ class Check:
         if value is None:
             return None
         array, on_host = self._lengths(value)
-        if array.dtype.kind not in "iu" and array.size:
+        if not is_integer(name_of(array.dtype)) and 0 not in array.shape:
+            whole = self.library.conversion(f"{self.library.name}.asarray(lengths)", "int64")
             raise DtypeError(
-                f"{self.function}: lengths has dtype {array.dtype.name}; it needs an integer dtype: convert it "
-                f"with {self.library.name}.asarray(lengths).astype('int64')"
+                f"{self.function}: lengths has dtype {name_of(array.dtype)}; it needs an integer dtype: convert it "
+                f"with {whole}"
             )
         self.shape("lengths", array, "B")
         if on_host or settings.debug():
-            self._in_range(array if on_host else self.library.to_host(array))
-        return self.library.xp.array(array, np.int64)
+            self._in_range(self.library.to_host(array))
+        return self.library.integers(array)
 
     def _lengths(self, value: Any) -> tuple[NDArray, bool]:
         """An array, and whether its values are on the host."""
@@ -167,11 +171,10 @@ class Check:
         if value is None:
             return None
         array = self.plain(name, value)
-        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-            raise DtypeError(
-                f"{self.function}: {name} has dtype {array.dtype.name}; it needs bool: convert it with "
-                f"{name}.astype(bool)"
-            )
+        given = name_of(array.dtype)
+        if not (given == "bool" or is_integer(given) or given.startswith(("float", "bfloat"))):
+            way = f"convert it with {self.library.conversion(name, 'bool')}"
+            raise DtypeError(f"{self.function}: {name} has dtype {given}; it needs bool: {way}")
         self.shape(name, array, "L B")
         return self.library.contiguous(array, np.dtype(bool))
 

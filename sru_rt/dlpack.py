@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,38 +102,16 @@ def _refuse_options(function: str, kwargs: dict[str, Any], example: Any, core: s
 
 @contextmanager
 def _current(function: str, array: Any) -> Iterator[Any]:
-    """Makes the CUDA device of a foreign array CuPy's current one, and the stream that its library is on."""
+    """Makes the CUDA device of a foreign array CuPy's current one."""
     name, device = library(array), int(array.__dlpack_device__()[1])
     cupy = _cupy(function, name)
     with cupy.cuda.Device(device):
-        if name == "torch":
-            pointer = int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
-            with _stream(cupy, pointer, device):
-                yield cupy
-        else:
-            try:
-                yield cupy
-            finally:
-                # What the stream of this library is, nobody says. It may use the memory of the arrays anew as soon as
-                # our views of them are gone.
-                cupy.cuda.get_current_stream().synchronize()
-
-
-def _stream(cupy: Any, pointer: int, device: int) -> Any:
-    """A stream of another library as one of CuPy."""
-    if pointer == 0:
-        return cupy.cuda.Stream.null
-    if hasattr(cupy.cuda.Stream, "from_external"):  # from CuPy 14.0 on
-        return cupy.cuda.Stream.from_external(_Stream(pointer))
-    return cupy.cuda.ExternalStream(pointer, device)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
+        try:
+            yield cupy
+        finally:
+            # What the stream of this library is, nobody says. It may use the memory of the arrays anew as soon as our
+            # views of them are gone.
+            cupy.cuda.get_current_stream().synchronize()
 
 
 def _cupy(function: str, name: str) -> Any:
@@ -199,29 +176,20 @@ def to_cupy(function: str, argument: str, array: Any) -> Any:
 
 
 def _with_values(function: str, argument: str, array: Any) -> Any:
-    """An array whose memory holds what it stands for: without a gradient, no tracer, no lazy sign."""
+    """An array whose memory holds what it stands for: without a gradient, no tracer."""
     name = library(array)
-    if getattr(array, "requires_grad", False):
-        array = _without_gradient(function, argument, name, array)
     kind = type(array).__name__
-    if kind == "FakeTensor" or (name == "jax" and "Tracer" in kind):
+    if getattr(array, "requires_grad", False):
+        raise LibraryError(
+            f"{function}: {argument} is an array of {name} that requires a gradient, which would be lost here; use "
+            f"{'CuPy' if on_cuda(array) else 'NumPy'} arrays with save=True and the backward function"
+        )
+    if name == "jax" and "Tracer" in kind:
         raise LibraryError(
             f"{function}: {argument} is a {kind} of {name}, which has no values; this function cannot be traced (by "
             "jit, grad, vmap or compile): call it outside of them, on arrays with values"
         )
-    if name == "torch" and array.is_neg():
-        array = array.resolve_neg()  # DLPack would leave the sign out
     return array
-
-
-def _without_gradient(function: str, argument: str, name: str, array: Any) -> Any:
-    if name == "torch" and not sys.modules["torch"].is_grad_enabled():
-        return array.detach()
-    raise LibraryError(
-        f"{function}: {argument} is an array of {name} that requires a gradient, which would be lost here; pass "
-        f"{argument}.detach(), or use {'CuPy' if on_cuda(array) else 'NumPy'} arrays with save=True and the backward "
-        "function"
-    )
 
 
 def _is_bfloat16(array: Any) -> bool:

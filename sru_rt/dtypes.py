@@ -11,9 +11,13 @@ IO_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @cache
-def name_of(dtype: np.dtype[Any]) -> str:
-    """``dtype.name``, which NumPy forms anew at each use."""
-    return str(dtype.name)
+def name_of(dtype: Any) -> str:
+    """The name of a dtype of any library. NumPy forms it anew at each use."""
+    return str(getattr(dtype, "name", None) or str(dtype).rpartition(".")[2])
+
+
+def is_integer(name: str) -> bool:
+    return name.startswith(("int", "uint"))
 
 
 def state_dtype(dtype: str) -> str:

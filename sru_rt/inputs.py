@@ -46,7 +46,7 @@ def projected_token(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple
         check.set("window", window, "window")
         check.shape("x", x, "window B d_in")
     factors = _weight(check, weight, dtype, window)
-    seen = x if window == 1 else x.transpose(1, 0, 2).reshape(1, check["B"], window * check["d_in"])
+    seen = x if window == 1 else check.library.xp.moveaxis(x, 1, 0).reshape(1, check["B"], window * check["d_in"])
     return dtype, Input(seen, factors), x[-1:]
 
 

@@ -7,6 +7,7 @@ by compiled kernels on the library's own threads, or by NumPy where there is no 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from . import abi, chunks, compile_cpu, launch_gpu, numpy_sweep, plan, settings
 from .errors import CompileError, LibraryError
@@ -30,14 +31,23 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
             raise LibraryError(f"sru_rt: there are no kernels for device {device!r}, only for cpu and cuda")
         launch_gpu.run(variant, arguments, int(number or 0), stream)
         return
-    kernel = _kernel(variant)
-    sweep = "forward" if isinstance(arguments, abi.Forward) else "backward"
-    if kernel is None:
-        getattr(numpy_sweep, sweep)(variant.cell, variant.dtype, variant.saved_dtype, variant.wide, arguments)
+    kernel = bound(variant, arguments)
+    if kernel is not None:
+        kernel(abi.pack(variant.cell, arguments))
         return
+    sweep = numpy_sweep.forward if isinstance(arguments, abi.Forward) else numpy_sweep.backward
+    sweep(variant.cell, variant.dtype, variant.saved_dtype, variant.wide, arguments)  # type: ignore[arg-type]
+
+
+def bound(variant: Variant, arguments: abi.Forward | abi.Backward) -> Callable[[bytes], None] | None:
+    """The CPU's kernel for calls with such arguments, which takes them packed; None where NumPy is to do the work."""
+    kernel = _kernel(variant)
+    if kernel is None:
+        return None
     tasks = _tasks(arguments.given)
     pool = compile_cpu.pool() if tasks > 1 else None
-    getattr(kernel, sweep)(abi.pack(variant.cell, arguments), pool, tasks)
+    entry = kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward
+    return lambda packed: entry(packed, pool, tasks)
 
 
 def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:

@@ -70,11 +70,14 @@ def forward(
     L, B, D, d = (check[axis] for axis in ("L", "B", "D", "d"))
     check.set("D*d", D * d, check.sizes["D"][1])
     check.choice("time_parallel", options.time_parallel, ("auto", True, False))
-    every = min(memory_policy(check, options.save), max(L, 1))
-    kept_dtype = saved_dtype(check, options.saved_dtype, dtype)
     lengths = check.lengths(options.lengths)
     mask, reset = check.flags("mask", options.mask), check.flags("reset", options.reset)
     arrays, c0 = _declared_arrays(check, cell, dtype, values)
+    if library.layer:  # a framework that records what is done to its arrays
+        flags = (lengths, mask, reset)
+        return library.layer(check.function, cell, arrays, c0, constants, flags, options, projected)
+    every = min(memory_policy(check, options.save), max(L, 1))
+    kept_dtype = saved_dtype(check, options.saved_dtype, dtype)
     factors = projected.factors if projected else ()
     read = [*arrays.values(), *factors, lengths, mask, reset, projected.x if projected else None]
     h, c_last = outputs(check, options.out, dtype, c0, read)
@@ -139,7 +142,7 @@ def _dtypes(array: Array, dtype: str) -> tuple[str, ...]:
 
 def _apart(check: Check, array: NDArray) -> NDArray:
     """(L, B, D*d) as (L, B, D, d)."""
-    return check.library.xp.ascontiguousarray(array).reshape(*array.shape[:2], check["D"], check["d"])
+    return array.reshape(*array.shape[:2], check["D"], check["d"])
 
 
 def _given(cell: Cell, values: Mapping[str, Any]) -> dict[str, Any]:

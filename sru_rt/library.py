@@ -5,8 +5,9 @@ The leading array of a call (x or u) chooses it, and nothing else in the core kn
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -58,7 +59,24 @@ class Library(Protocol):
         """The address of the first element, 0 for None."""
 
     def to_host(self, array: NDArray) -> np.ndarray[Any, Any]:
-        """As a NumPy array; waits for the device."""
+        """As a NumPy array; waits for the device. NumPy arrays are themselves."""
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        """A NumPy array as one of this library, on this device."""
+
+    def integers(self, array: NDArray) -> NDArray:
+        """A copy as int64, also of a NumPy array."""
+
+    def conversion(self, name: str, dtype: str) -> str:
+        """How a user writes that the array `name` is to be converted."""
+
+    @property
+    def layer(self) -> Callable[..., tuple[Any, ...]] | None:
+        """What runs a layer that has been checked, in place of the core: bindings of frameworks have it.
+
+        It takes the name of the function, the cell, its arrays by name, the initial states, the constants,
+        (lengths, mask, reset), the options, and what is projected, as `sru_rt.layer.forward` has them.
+        """
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
         """An uninitialised C-contiguous array."""
@@ -92,4 +110,8 @@ def of(value: Any) -> Library | None:
     kind: Any = getattr(cupy, "ndarray", ())
     if isinstance(value, kind):
         return on_cupy.library(cupy, value.data.device_id)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+        binding: Any = importlib.import_module(f"{__package__}.bindings.torch.library")
+        return binding.library(value)
     return None

@@ -46,6 +46,7 @@ class CuPy:
 
     name = "cupy"
     reads_values = False
+    layer = None
     row_padding = 0
 
     def __init__(self, cupy: Any, device: int) -> None:
@@ -77,6 +78,15 @@ class CuPy:
     def to_host(self, array: NDArray) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = array.get()
         return values
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        return self.xp.asarray(array)
+
+    def integers(self, array: NDArray) -> NDArray:
+        return self.xp.array(array, np.int64)
+
+    def conversion(self, name: str, dtype: str) -> str:
+        return f"{name}.astype({dtype!r})"
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
         return self.xp.empty(shape, dtype)

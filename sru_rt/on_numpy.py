@@ -28,6 +28,7 @@ class NumPy:
     name = "numpy"
     device = "cpu"
     reads_values = True
+    layer = None
     row_padding = 80  # so that rows do not all begin at the same place of a page and push each other out of the cache
 
     def current(self) -> AbstractContextManager[Any]:
@@ -56,6 +57,15 @@ class NumPy:
 
     def to_host(self, array: NDArray) -> NDArray:
         return array
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
+        return array
+
+    def integers(self, array: NDArray) -> NDArray:
+        return np.array(array, np.int64)
+
+    def conversion(self, name: str, dtype: str) -> str:
+        return f"{name}.astype({dtype!r})"
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
         return empty(shape, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, emit, inputs, layer
+from . import arrays, emit, inputs, layer, spec
 from .cell import Array, Cell
 from .check import Check
 from .errors import ShapeError, StepError
@@ -92,6 +92,7 @@ class OwnCell:
         for constant in core.constants:
             _check_name(core, constant, "constants")
         self._source = emit.emit(core)  # traces the step now, so that mistakes are found where they are made
+        self._text = spec.text_of(core)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._cell.step(*args, **kwargs)
@@ -108,6 +109,11 @@ class OwnCell:
     def name(self) -> str:
         """Of the cell, in messages and in C++."""
         return self._cell.name
+
+    @property
+    def text(self) -> str:
+        """What stands for the cell in exported programs of frameworks: where it is defined, and a digest."""
+        return self._text
 
     @property
     def affine(self) -> bool:

@@ -55,3 +55,21 @@ def place(request, monkeypatch, kernel_cache):
 
     with gpu_places.at(request.param, monkeypatch, kernel_cache) as it:
         yield it
+
+
+@pytest.fixture
+def poisoned_tensors(monkeypatch):
+    """Tensors of the binding for PyTorch are filled with NaN before they are written."""
+    from sru_rt.bindings.torch import native
+
+    allocate, empty_like = native._allocate, native._empty_like
+    monkeypatch.setattr(native, "_allocate", lambda *args: [t.fill_(np.nan) for t in allocate(*args)])
+    monkeypatch.setattr(native, "_empty_like", lambda tensor: empty_like(tensor).fill_(np.nan))
+
+
+@pytest.fixture
+def new_plans(monkeypatch):
+    """Plans hold the settings of when they were made."""
+    from sru_rt.bindings.torch import native
+
+    monkeypatch.setattr(native, "_plans", {})

@@ -57,7 +57,7 @@ def mingru_cell(o: Options) -> Cell:
     declared = [Array("u", "gates", ("uz", "un"))]
     declared += [Array("bias", "params", ("b_z", "b_n"))] if o.bias else []
     name = "_".join(["mingru", *(["positive"] if o.candidate == "positive" else []), *([] if o.bias else ["no_bias"])])
-    return Cell(name, step, (*declared, Array("h0", "state", ("h",))))
+    return Cell(name, step, (*declared, Array("h0", "state", ("h",))), options=o)
 
 
 def named_cells() -> list[Cell]:

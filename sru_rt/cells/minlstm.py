@@ -53,7 +53,7 @@ def minlstm_cell(o: Options) -> Cell:
     declared = [Array("u", "gates", ("uf", "ui", "un"))]
     declared += [Array("bias", "params", ("b_f", "b_i", "b_n"))] if o.bias else []
     name = "_".join(["minlstm", *(["positive"] if o.candidate == "positive" else []), *([] if o.bias else ["no_bias"])])
-    return Cell(name, step, (*declared, Array("h0", "state", ("h",))))
+    return Cell(name, step, (*declared, Array("h0", "state", ("h",))), options=o)
 
 
 def named_cells() -> list[Cell]:

@@ -66,7 +66,7 @@ def qrnn_cell(o: Options) -> Cell:
     declared += [Array("x", "inputs", ("x",), side_by_side=True)] if o.skip == "x" else []
     declared += [Array("zoneout_mask", "inputs", ("zoneout",), differentiable=False)] if o.zoneout else []
     declared += [Array("bias", "params", tuple(f"b_{gate}" for gate in gates))] if o.bias else []
-    return Cell(_name(o), step, (*declared, Array("c0", "state", ("c",))))
+    return Cell(_name(o), step, (*declared, Array("c0", "state", ("c",))), options=o)
 
 
 def _name(o: Options) -> str:

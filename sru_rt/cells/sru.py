@@ -88,7 +88,7 @@ def sru_cell(o: Options) -> Cell:
     declared += [Array("bias", "params", tuple(f"b_{name}" for name in gated))] if o.bias else []
     declared += [v] if o.v != "none" else []
     declared += [Array("c0", "state", ("c",))]
-    return Cell(_name(o), step, tuple(declared), ("alpha",) if o.skip == "x" else ())
+    return Cell(_name(o), step, tuple(declared), ("alpha",) if o.skip == "x" else (), o)
 
 
 def named_cells() -> list[Cell]:

@@ -1,0 +1,94 @@
+"""The core's functions with a policy of recomputation, for PyTorch's compilers to take as they are."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sru_rt
+
+from ... import spec
+from ...own import OwnCell
+from .library import Recompute
+
+_LEFT_OUT = ("save", "saved_dtype", "out")  # of the core's arguments: PyTorch records gradients and owns memory
+
+
+def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of the core with `recompute=` in place of what is said otherwise in PyTorch."""
+    parameters = [p for p in inspect.signature(core).parameters.values() if p.name not in _LEFT_OUT]
+    added = inspect.Parameter("recompute", inspect.Parameter.KEYWORD_ONLY, default=False)
+
+    def function(*args: Any, recompute: bool | int | str = False, **kwargs: Any) -> Any:
+        refused = [name for name in _LEFT_OUT if name in kwargs]
+        if refused:
+            raise TypeError(f"{name}() got an unexpected keyword argument {refused[0]!r}")
+        return core(*args, save=Recompute(recompute), **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    function.__doc__ = f"""`sru_rt.{core.__name__}` on tensors, differentiable and traceable.
+
+    Args:
+        recompute: what the backward computes again to save memory: False nothing, K >= 1 all states but every K-th,
+            True these with K = 32, "x" these and U.
+
+    All else, shapes, dtypes and errors as `sru_rt.{core.__name__}`, without {", ".join(_LEFT_OUT)}.
+
+    Returns:
+        h (L, B, D*d) in the dtype of U, that of autocast if it is on, and the last state (D, B, d) in float32 (float64
+        for float64).
+    """
+    return torch.compiler.allow_in_graph(function)  # type: ignore[no-any-return]
+
+
+sru = _with_recompute(sru_rt.sru_forward, "sru")
+qrnn = _with_recompute(sru_rt.qrnn_forward, "qrnn")
+mingru = _with_recompute(sru_rt.mingru_forward, "mingru")
+minlstm = _with_recompute(sru_rt.minlstm_forward, "minlstm")
+
+
+def own_cell(
+    cell: OwnCell,
+    x: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor],
+    params: Tensor | None = None,
+    c0: Any = None,
+    *,
+    recompute: bool | int | str = False,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """``cell.forward`` of a cell that `sru_rt.cell` made, on tensors, differentiable and traceable.
+
+    Args:
+        recompute: as for `sru`.
+        options: all else that ``cell.forward`` takes by name, such as lengths, and what the cell declares.
+
+    Shapes, dtypes and errors as ``cell.forward``, without save, saved_dtype and out. Compiled
+    programs find the cell by the place of its step function, and so need it where it was.
+
+    Returns:
+        h (L, B, D*d) and the last state (D, B, d), a tuple if there are several.
+    """
+    return _own_cell(cell.text, x, weight, params, c0, recompute=recompute, **options)  # type: ignore[no-any-return]
+
+
+@torch.compiler.allow_in_graph
+def _own_cell(text: str, *args: Any, recompute: bool | int | str, **options: Any) -> Any:
+    return _cell_of(text).forward(*args, save=Recompute(recompute), **options)
+
+
+@functools.cache
+def _cell_of(text: str) -> OwnCell:
+    return OwnCell(spec.cell_of(text))
+
+
+# The core's own functions, called with tensors, can be compiled too.
+for _name in dir(sru_rt):
+    if _name.endswith(("_forward", "_recurrence", "_step")):
+        torch.compiler.allow_in_graph(getattr(sru_rt, _name))

@@ -1,0 +1,132 @@
+"""A layer, projection and recurrence together, under a policy of what is kept for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ...errors import ArgumentError
+from . import autograd, native, ops
+from .autograd import recurrence
+from .native import Call
+from .projection import as_autocast, project, without_autocast
+
+# Steps between kept states where the caller leaves it to us: as in the core.
+_EVERY = 32
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    arrays: Sequence[Tensor] = (),
+    c0: Tensor | None = None,
+    *,
+    window: int = 1,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    constants: Sequence[float] = (),
+    recompute: bool | int | str = False,
+    time_parallel: bool | str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs a cell over x (L, B, d_in).
+
+    Args:
+        cell: the text of a cell (see `sru_rt.spec`).
+        factors: the weight (D, k, d, window*d_in), or a pair (P, Q) of (D, k, d, p) and (p, window*d_in).
+        recompute: what the backward computes again: False nothing, K >= 1 all states but every K-th, True these with
+            K = 32, "x" these and U.
+        arrays, c0, lengths, mask, reset, constants, time_parallel: as `autograd.recurrence`.
+
+    Returns:
+        h (L, B, D*d), and the last states, like c0.
+    """
+    flags = {"lengths": lengths, "mask": mask, "reset": reset}
+    if recompute != "x":
+        u = project(x, factors, window, lengths, mask, reset)
+        return recurrence(
+            cell, u, arrays, c0, **flags, constants=constants, every=every(recompute), time_parallel=time_parallel
+        )
+    return recurrence_of_x(
+        cell, x, factors, arrays, c0, window=window, **flags, constants=constants, time_parallel=time_parallel
+    )
+
+
+def every(recompute: bool | int | str) -> int:
+    """Steps between the states that are kept."""
+    return _EVERY if recompute is True or recompute == "x" else int(recompute) or 1
+
+
+def check_recompute(function: str, value: Any) -> bool | int | str:
+    """`value`, if it is a policy of what the backward computes again."""
+    if (isinstance(value, (bool, int)) and value >= 0) or value == "x":
+        return value  # type: ignore[no-any-return]
+    raise ArgumentError(f"{function}: recompute must be False, True, a number K >= 1 of steps, or 'x' (got {value!r})")
+
+
+def recurrence_of_x(
+    cell: str,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    arrays: Sequence[Tensor] = (),
+    c0: Tensor | None = None,
+    *,
+    window: int = 1,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    constants: Sequence[float] = (),
+    time_parallel: bool | str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A layer of which U is formed again in the backward."""
+    call = Call(cell, tuple(constants), _EVERY, str(time_parallel), autograd.keeps(x, *factors, c0, *arrays))
+    x, *factors = (as_autocast(t) for t in (x, *factors))
+    others = native.beside_u(call, x.dtype, (c0, lengths, mask, reset, *arrays))
+    with without_autocast(x.device.type):  # it is off when the backward forms U
+        h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *others)
+    return h, last
+
+
+class _Layer(Function):
+    """A layer that keeps x for its backward and not U."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
+        if autograd.is_eager(o[0]):
+            return native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+        h, last, saved = ops.forward(call, o)
+        return h.flatten(2), last, saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.window, ctx.n = inputs[:3]
+        ctx.save_for_backward(*inputs[3:], output[2])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:  # type: ignore[override]
+        x, *rest, saved = ctx.saved_tensors
+        factors, others = rest[: ctx.n], rest[ctx.n :]
+        if dh is None and dlast is None:
+            return (None,) * (4 + len(rest))
+        u, pullback = torch.func.vjp(lambda x, *factors: _u(ctx.window, x, factors, others), x, *factors)
+        need = (True, *ctx.needs_input_grad[4 + ctx.n :])
+        du, *gradients = autograd.gradients(ctx.call, need, (u.contiguous(), *others), saved, dh, dlast)
+        return None, None, None, *pullback(du), *gradients
+
+
+def _u(window: int, x: Tensor, factors: Sequence[Tensor], others: Sequence[Any]) -> Tensor:
+    _, lengths, mask, reset, *_ = others
+    return project(x, factors, window, lengths, mask, reset)
+
+
+torch.compiler.allow_in_graph(recurrence_of_x)

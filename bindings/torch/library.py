@@ -1,0 +1,156 @@
+"""The core's functions on tensors: the core checks and chooses the cell, and the layer of this binding runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import spec
+from ...cell import Cell
+from ...errors import ArgumentError, LibraryError
+from ...inputs import Input
+from ...options import Options
+from . import autograd
+from .layer import check_recompute, every, layer
+from .projection import as_autocast
+
+_DEVICES = ("cpu", "cuda", "meta")
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the functions of this binding say in the place of `save`; see `layer.layer`."""
+
+    value: bool | int | str
+
+
+class PyTorch:
+    """PyTorch on one device, as `sru_rt.library.Library`; of that, what the checks of a layer need."""
+
+    xp = torch
+    name = "torch"
+    row_padding = 0
+
+    def __init__(self, device: torch.device, reads_values: bool) -> None:
+        self._device, self.device, self.reads_values = device, str(device), reads_values
+
+    @property
+    def layer(self) -> Callable[..., tuple[Any, ...]]:
+        return run
+
+    def current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def plain(self, function: str, name: str, value: Any, origin: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            got = "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+            way = "pass one" if value is None else f"pass torch.as_tensor({name}, device={str(self._device)!r})"
+            raise LibraryError(f"{function}: {name} must be a tensor, as {origin} is (got {got}); {way}")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout)
+            way = "torch.nested.to_padded_tensor, and lengths=" if value.is_nested else f"{name}.to_dense()"
+            raise LibraryError(f"{function}: {name} is {kind}; it must be a dense tensor: pass {way}")
+        if value.device != self._device:
+            way = f"pass {name}.to({str(self._device)!r})"
+            raise LibraryError(
+                f"{function}: {name} is on device {value.device}, but {origin} is on {self._device}; {way}"
+            )
+        return as_autocast(value) if name in ("x", "u") or name.startswith("weight") else value
+
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> Tensor:
+        if array.dtype.name == "bfloat16":  # which PyTorch does not take from NumPy
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
+        return torch.from_numpy(array).to(self._device)
+
+    def integers(self, array: Any) -> Tensor:
+        found = torch.from_numpy(array.astype(np.int64)) if isinstance(array, np.ndarray) else array
+        return found.to(self._device, torch.int64)
+
+    def conversion(self, name: str, dtype: str) -> str:
+        return f"{name}.to(torch.{dtype})"
+
+    def contiguous(self, array: Tensor, dtype: np.dtype[Any]) -> Tensor:
+        return array.to(getattr(torch, dtype.name)).contiguous()
+
+
+@cache
+def _library(device: torch.device, reads_values: bool) -> PyTorch:
+    return PyTorch(device, reads_values)
+
+
+def library(tensor: Tensor) -> PyTorch:
+    """The library of a tensor.
+
+    Raises:
+        LibraryError: no kernel runs where it is.
+    """
+    if tensor.device.type not in _DEVICES:
+        raise LibraryError(
+            f"sru_rt: there are no kernels for tensors on device {tensor.device}, only on cpu and cuda; move them there"
+        )
+    return _library(tensor.device, tensor.is_cpu and autograd.is_eager(tensor))
+
+
+def run(
+    function: str,
+    cell: Cell,
+    arrays: Mapping[str, Tensor],
+    c0: Sequence[Tensor | None],
+    constants: Sequence[float],
+    flags: tuple[Tensor | None, Tensor | None, Tensor | None],
+    options: Options,
+    projected: Input | None,
+) -> tuple[Any, ...]:
+    """Runs a layer, or a recurrence if nothing is projected; see `sru_rt.library.Library.layer`."""
+    recompute = _policy(function, options)
+    lengths, mask, reset = flags
+    text, n = spec.text_of(cell), len(cell.state)
+    own = [arrays[a.name] for a in cell.arrays if a.kind not in ("gates", "state")]
+    given: dict[str, Any] = {
+        "lengths": lengths,
+        "mask": mask,
+        "reset": reset,
+        "constants": tuple(constants),
+        "time_parallel": options.time_parallel,
+    }
+    state = c0[0] if n == 1 else _stacked(c0)
+    if projected:
+        window, x, factors = projected.window, projected.x, projected.factors
+        h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **given)
+    else:
+        (u,) = (arrays[a.name] for a in cell.arrays if a.kind == "gates")
+        h, last = autograd.recurrence(text, u, own, state, every=every(recompute), **given)
+    return h, last if n == 1 else tuple(last)
+
+
+def _stacked(states: Sequence[Tensor | None]) -> Tensor | None:
+    """Initial states side by side, zeros for those that are None."""
+    given = next((s for s in states if s is not None), None)
+    if given is None:
+        return None
+    dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
+    return torch.stack([torch.zeros_like(given, dtype=dtype) if s is None else s.to(dtype) for s in states])
+
+
+def _policy(function: str, options: Options) -> bool | int | str:
+    """What is to be computed again; refuses what means nothing where the framework records and allocates."""
+    save = options.save
+    if not isinstance(save, Recompute) and save is not False and save is not None:
+        raise ArgumentError(
+            f"{function}: save={save!r} is not for tensors of PyTorch, which records their gradient itself: leave it "
+            "out and call backward() on the loss; the functions of sru_rt.bindings.torch have recompute="
+        )
+    for name in ("saved_dtype", "out"):
+        if getattr(options, name) is not None:
+            raise ArgumentError(f"{function}: {name}= is not available for tensors of PyTorch; leave it out")
+    return check_recompute(function, save.value) if isinstance(save, Recompute) else False

@@ -1,0 +1,87 @@
+"""The product U = W x in PyTorch's operations, as `sru_rt.projection` forms it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def project(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    window: int = 1,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Tensor:
+    """U (L, B, D, k, d) of x (L, B, d_in).
+
+    `factors` are a weight (D, k, d, window*d_in), or (D, k, d, p) and (p, window*d_in). Padding, which may hold
+    anything, counts as zeros; so do tokens beyond an end or a boundary.
+    """
+    D, k, d, _ = factors[0].shape
+    first = factors[0].flatten(0, 2)
+    x = without_padding(x, lengths, mask)
+    if window == 1:
+        return _product(x, first, factors[1:]).unflatten(-1, (D, k, d))
+    u = [
+        _product(_seen(x, window, reset, reverse=bool(q)), first[q * k * d : (q + 1) * k * d], factors[1:])
+        for q in range(D)
+    ]
+    return torch.stack([one.unflatten(-1, (k, d)) for one in u], 2)
+
+
+def without_padding(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """x (L, B, ...) with zeros at padding, whose gradient then is zero, too, whatever it holds."""
+    if lengths is None and mask is None:
+        return x
+    absent = None if mask is None else mask.to(torch.bool)
+    if lengths is not None:
+        beyond = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
+        absent = beyond if absent is None else absent | beyond
+    assert absent is not None  # noqa: S101
+    return torch.where(absent[..., None], x.new_zeros(()), x)
+
+
+def _product(rows: Tensor, first: Tensor, inner: Sequence[Tensor]) -> Tensor:
+    for factor in inner:
+        rows = F.linear(rows, factor)
+    return F.linear(rows, first)
+
+
+def _seen(x: Tensor, window: int, reset: Tensor | None, reverse: bool) -> Tensor:
+    """The last tokens of each step side by side, oldest first, (L, B, window*d_in); of the reverse, the next ones."""
+    # A token is seen if no boundary lies between it and the step, so if both come after as many.
+    piece = None if reset is None else reset.to(torch.int64).cumsum(0)
+    taps = [x]
+    for back in range(1, window):
+        tap = _shifted(x, back, reverse)
+        if piece is not None:
+            same = _shifted(piece, back, reverse) == piece
+            tap = torch.where(same[..., None], tap, tap.new_zeros(()))
+        taps.append(tap)
+    return torch.cat(taps[::-1], -1)
+
+
+def _shifted(x: Tensor, back: int, reverse: bool) -> Tensor:
+    """x of `back` steps ago, or of `back` steps later; zeros beyond the ends."""
+    zeros = x.new_zeros(back, *x.shape[1:])
+    return torch.cat([x, zeros])[back:] if reverse else torch.cat([zeros, x])[: x.shape[0]]
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """What a product is given, in the dtype in which it is formed."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensor
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if eligible else tensor
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

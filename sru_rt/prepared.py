@@ -1,0 +1,55 @@
+"""A pass of which all but the addresses is settled, for callers that run it again and again: bindings of frameworks.
+
+What depends on shapes, dtypes and settings is done once, so that a call is to fill in addresses and to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import abi, launch
+from .variant import Variant
+
+_PLACE = 1 << 48  # beyond any size, stride or offset
+
+
+def place(number: int) -> int:
+    """What stands in the arguments of a `Prepared` for the address number `number`. Offsets may be added."""
+    return (number + 1) * _PLACE
+
+
+class Prepared:
+    """One pass of a recurrence.
+
+    Args:
+        arguments: with `place(i)` instead of the i-th address. Addresses that are 0 are not there.
+        device, stream: as for `launch.run`.
+    """
+
+    def __init__(self, variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu") -> None:
+        self._variant, self._arguments, self._device = variant, arguments, device
+        values = abi.values(arguments)
+        self._parts = [divmod(v, _PLACE) if isinstance(v, int) else (0, v) for v in values]
+        self._pack = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
+        self._kernel = launch.bound(variant, arguments) if device == "cpu" else None
+
+    def run(self, addresses: Sequence[int], stream: int = 0) -> None:
+        """Runs the pass in order on `stream`."""
+        if self._kernel is None:
+            launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
+            return
+        found = (0, *addresses)
+        self._kernel(self._pack(*[found[i] + rest for i, rest in self._parts]))
+
+
+def _filled(value: Any, addresses: Sequence[int]) -> Any:
+    """Arguments with addresses in their places."""
+    if isinstance(value, int):
+        number, rest = divmod(value, _PLACE)
+        return addresses[number - 1] + rest if number else value
+    if isinstance(value, tuple):
+        filled = [_filled(v, addresses) for v in value]
+        make: Callable[..., Any] = getattr(type(value), "_make", type(value))
+        return make(filled)
+    return [_filled(v, addresses) for v in value] if isinstance(value, list) else value
