@@ -63,7 +63,9 @@ def poisoned_tensors(monkeypatch):
     from sru_rt.bindings.torch import native
 
     allocate, empty_like = native._allocate, native._empty_like
-    monkeypatch.setattr(native, "_allocate", lambda *args: [t.fill_(np.nan) for t in allocate(*args)])
+    monkeypatch.setattr(
+        native, "_allocate", lambda *args: [t if t is None else t.fill_(np.nan) for t in allocate(*args)]
+    )
     monkeypatch.setattr(native, "_empty_like", lambda tensor: empty_like(tensor).fill_(np.nan))
 
 

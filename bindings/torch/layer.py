@@ -101,7 +101,8 @@ class _Layer(Function):
     def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
         if autograd.is_eager(o[0]):
-            return native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+            h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+            return h, last, last.new_empty(0) if saved is None else saved
         h, last, saved = ops.forward(call, o)
         return h.flatten(2), last, saved
 
