@@ -16,7 +16,6 @@ import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +139,15 @@ def planned(cell: str, dtype: str, policy: str, scene: str, arch: int) -> tuple[
     return variant, replace(made, B=0) if s.any_batch else made
 
 
-@cache
-def compiled(major: int) -> dict[tuple[Any, ...], tuple[plan.Plan, int, str]]:
-    """Plan, bytes of dynamic shared memory and log of every row of the matrix.
-
-    About 0.3 s a row on one core; NVRTC leaves Python's lock, so that two threads are twice as fast.
-    """
-    rows = matrix(major)
-    plans = [planned(*row) for row in rows]
-
-    def compile_(i: int) -> tuple[plan.Plan, int, str]:
-        variant, made = plans[i]
-        policy, scene, arch = rows[i][2:]
-        log = nvrtc.release(major).compile(compile_gpu.unit(variant, made), (f"-arch=sm_{arch}", *compile_gpu.FLAGS))[1]
-        return made, plan.shared_bytes(variant, made, POLICIES[policy][1](SCENES[scene].K)), log
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(rows, pool.map(compile_, range(len(rows)))))
+def compiled(major: int, arch: int) -> Iterator[tuple[tuple[Any, ...], plan.Plan, int, str]]:
+    """Plan, bytes of dynamic shared memory and log of every row of the matrix for an architecture."""
+    for row in matrix(major):
+        policy, scene = row[2:4]
+        if row[-1] == arch:
+            variant, made = planned(*row)
+            text = compile_gpu.unit(variant, made)
+            log = nvrtc.release(major).compile(text, (f"-arch=sm_{arch}", *compile_gpu.FLAGS))[1]
+            yield row, made, plan.shared_bytes(variant, made, POLICIES[policy][1](SCENES[scene].K)), log
 
 
 @pytest.mark.parametrize("major", RELEASES)
@@ -173,9 +164,7 @@ def test_any_two_options_meet_in_the_matrix(major):
 def test_kernels_compile_and_nothing_spills(major, arch):
     assert release(major).version[0] == major
     faults, n = [], 0
-    for row, (made, dynamic, log) in compiled(major).items():
-        if row[-1] != arch:
-            continue
+    for row, made, dynamic, log in compiled(major, arch):
         found = nvrtc.resources(log)
         assert set(found) == set(made.kernels)
         for kernel, used in found.items():
