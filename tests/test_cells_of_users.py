@@ -284,8 +284,8 @@ def compare(problem: Problem, dtype: str, result: Any, gradients: Any, arguments
 @pytest.mark.parametrize("name", NAMES)
 def test_recurrence_matches_plain_loop(name, dtype, D, layout, backend):
     problem, cell = problem_of(name, D, layout), examples()[name].cell
-    for save, mixed in ((True, False), (3, True)):
-        arguments = given(problem, dtype, mixed)
+    for save in (True, 3):
+        arguments = given(problem, dtype, mixed=dtype == "float16")  # one kernel for each dtype
         *result, saved = cell.recurrence(**arguments, save=save)
         compare(problem, dtype, result, cell.backward(saved, *seeds(problem, dtype)), arguments)
 
