@@ -12,6 +12,7 @@ import pytest
 
 import oracle
 import tolerance
+from matrix import matrix
 from problems import (
     CELLS,
     DTYPES,
@@ -31,13 +32,13 @@ from problems import (
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
+@pytest.mark.parametrize("row", matrix(ROWS), ids=name_of)
 def test_recurrence_matches_oracle(row, D, layout, monkeypatch):
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
     recurrence_matches_oracle(row, D, layout, ROWS.index(row) + 10 * D + 3 * list(LAYOUTS).index(layout))
 
 
-@pytest.mark.parametrize("row", SRU_ROWS, ids=name_of)
+@pytest.mark.parametrize("row", matrix(SRU_ROWS), ids=name_of)
 def test_every_three_options_of_sru_match_oracle(row, monkeypatch):
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
     n = SRU_ROWS.index(row)
@@ -57,7 +58,7 @@ def recurrence_matches_oracle(row: Row, D: int, layout: str, n: int) -> None:
 OPTIONS = [row for cell in CELLS.values() for row in all_rows(cell) if row["dtype"] == "float16"]
 
 
-@pytest.mark.parametrize("row", OPTIONS, ids=name_of)
+@pytest.mark.parametrize("row", matrix(OPTIONS), ids=name_of)
 def test_every_combination_of_options_on_numpy(row, monkeypatch):
     monkeypatch.setenv("SRU_RT_CPU", "numpy")
     n = OPTIONS.index(row)
@@ -68,7 +69,7 @@ def test_every_combination_of_options_on_numpy(row, monkeypatch):
 
 @pytest.mark.parametrize("save", [True, 4, "x"])
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("row", LAYER_ROWS, ids=name_of)
+@pytest.mark.parametrize("row", matrix(LAYER_ROWS), ids=name_of)
 def test_layer_matches_oracle(row, D, save, backend):
     layout = list(LAYOUTS)[LAYER_ROWS.index(row) % len(LAYOUTS)]
     problem = Problem.make(row, (7, 3, 9), D, layout, layer=True)
@@ -121,7 +122,7 @@ def away_from_kinks(row: Row, D: int) -> Problem:
 
 
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("row", SMOOTH_ROWS, ids=name_of)
+@pytest.mark.parametrize("row", matrix(SMOOTH_ROWS), ids=name_of)
 def test_gradients_by_finite_differences(row, D):
     """Independent of the oracle: the library's backward against its own forward."""
     problem = away_from_kinks(row, D)
