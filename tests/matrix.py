@@ -11,6 +11,6 @@ import pytest
 def matrix(values: Iterable[Any], every: int = 8) -> list[Any]:
     """Values for parametrize, tuples being those of several names. All but each `every`th carry the marker `matrix`."""
     return [
-        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.matrix if i % every else ())
+        pytest.param(*(v if type(v) is tuple else (v,)), marks=pytest.mark.matrix if i % every else ())
         for i, v in enumerate(values)
     ]
