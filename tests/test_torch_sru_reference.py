@@ -26,8 +26,9 @@ from torch import nn  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence  # noqa: E402
 
 # Largest difference over the largest magnitude of the array, after up to three layers. float32: the same sums rounded
-# in another order. float64 rounds 2**29 times finer, which tells a different equation from rounding.
-TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-12}
+# in another order, which norms of as few as three numbers make up to some hundred times larger. float64 rounds 2**29
+# times finer, which tells a different equation from rounding.
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-12}
 L, B = 7, 4
 
 
