@@ -74,6 +74,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other take long where all cores run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
     """Imports an example by its name."""
