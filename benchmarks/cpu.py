@@ -243,7 +243,7 @@ def layers(p: Layer) -> list[Row]:
     return rows
 
 
-def peers(p: Layer) -> list[Row]:
+def peers(p: Layer, against: str = "layer") -> list[Row]:
     rows = []
     for name in ("sru", "LSTM", "GRU"):
         try:
@@ -251,7 +251,7 @@ def peers(p: Layer) -> list[Row]:
         except Exception as error:  # `sru` builds C++ code when it is imported, which can fail in many ways
             calls, fault = dict.fromkeys(PASSES, int), f"not available: {error!r}"[:120]
         for which, call in calls.items():
-            label, ours, sense = f"{name}, {which}", f"layer, {which}", "x the time of"
+            label, ours, sense = f"{name}, {which}", f"{against}, {which}", "x the time of"
             target = TARGETS.get(label, {}).get(p.shape)
             rows.append(Row(label, p.threads, call, 0, "", ours, sense, target, fault=fault))
     return rows
@@ -265,14 +265,26 @@ def peer(p: Layer, name: str) -> tuple[dict[str, Callable], str]:
         calls = torch_calls(torch, getattr(torch.nn, name)(d, d), p)
         return calls, "" if calls["forward"]()[0].shape == p.x.shape else "no speed: another shape"
     cell = importlib.import_module("sru").SRUCell(d, d)
-    for parameter, array in zip(cell.parameters(), (p.weight[0].transpose(2, 1, 0), p.v, p.bias)):  # gates innermost
-        parameter.data = torch.from_numpy(np.ascontiguousarray(array)).view(parameter.shape)
+    give(cell, p)
     calls = torch_calls(torch, cell, p)
+    return calls, fault_of(p, cell, calls)
+
+
+def give(cell: Any, p: Layer) -> None:
+    """Gives a cell of `sru`, or one that has its parameters, those of the layer: gates innermost."""
+    torch = importlib.import_module("torch")
+    for parameter, array in zip(cell.parameters(), (p.weight[0].transpose(2, 1, 0), p.v, p.bias)):
+        parameter.data = torch.from_numpy(np.ascontiguousarray(array)).view(parameter.shape)
+
+
+def fault_of(p: Layer, cell: Any, calls: dict[str, Callable]) -> str:
+    """What is wrong with the results and gradients of such a cell."""
+    d = p.shape[2]
     h, c_last, dx = calls["forward + backward"]()
     dw, dv, db = (parameter.grad.numpy() for parameter in cell.parameters())
     dw, dv, db = dw.reshape(1, d, d, 3).transpose(0, 3, 2, 1), dv.reshape(1, 2, d), db.reshape(1, 2, d)
     fault = p.fault(h=h, c_last=c_last.detach()[None], x=dx, weight=dw, v=dv, bias=db)
-    return calls, fault or p.fault(h=calls["forward"]()[0])
+    return fault or p.fault(h=calls["forward"]()[0])
 
 
 def torch_calls(torch: Any, module: Any, p: Layer) -> dict[str, Callable]:
@@ -320,7 +332,9 @@ def block(i: int, last: float) -> list[float]:
     return [seconds() for _ in range(min(max(int(0.2 / first / row.repeats), 1), 20))]
 
 
-def measure(shape: Shape, threads: int, rounds: int, budget: float) -> dict[Row, list[float]]:
+def measure(
+    shape: Shape, threads: int, rounds: int, budget: float, prepare: Callable[..., list[Row]] = prepare
+) -> dict[Row, list[float]]:
     """Seconds of every counted call. A round has one block of every row, in random order, after a pause."""
     spawn, rng = multiprocessing.get_context("spawn"), np.random.default_rng(0)
     with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as others:

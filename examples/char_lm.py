@@ -30,8 +30,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from _char_lm_cli import Progress, check_writable, gzip_bits, make_parser, split_text, unigram_bits
+from _char_lm_cli import make_parser
+from _cli import Progress, check_writable
 from _device import choose
+from _text import gzip_bits, split_text, unigram_bits
 
 import sru_rt
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from sru_rt import memory, on_numpy
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One process where tests run on a GPU: some fill its memory, and others want to find it free. Else all cores."""
+    import gpu_places
+
+    return 0 if "not gpu" not in config.getoption("markexpr") and not gpu_places.why_no_gpu() else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Processes that are as many as the cores have no use for the threads of a BLAS; they inherit the environment."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def poisoned(shape, dtype, _empty=memory.empty):
@@ -63,7 +79,9 @@ def poisoned_tensors(monkeypatch):
     from sru_rt.bindings.torch import native
 
     allocate, empty_like = native._allocate, native._empty_like
-    monkeypatch.setattr(native, "_allocate", lambda *args: [t.fill_(np.nan) for t in allocate(*args)])
+    monkeypatch.setattr(
+        native, "_allocate", lambda *args: [t if t is None else t.fill_(np.nan) for t in allocate(*args)]
+    )
     monkeypatch.setattr(native, "_empty_like", lambda tensor: empty_like(tensor).fill_(np.nan))
 
 

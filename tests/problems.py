@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,17 +168,24 @@ FULL: dict[str, Row] = {
 }
 
 
-def all_rows(cell: Cell, layer: bool = False) -> list[Row]:
-    factors = cell.factors | (cell.layer_factors if layer else {})
+def all_rows(cell: Cell, more: Mapping[str, Sequence[Any]] = MappingProxyType({})) -> list[Row]:
+    """`more` holds factors beside those of the cell."""
+    factors = {**cell.factors, **more}
     return [{"cell": cell.name, **dict(zip(factors, values))} for values in itertools.product(*factors.values())]
 
 
-def covering(cell: Cell, strength: int, layer: bool = False) -> list[Row]:
-    """Rows in which every choice of `strength` factors takes every combination of values; greedy, deterministic."""
-    rows = all_rows(cell, layer)
-    groups = list(itertools.combinations([name for name in rows[0] if name != "cell"], strength))
-    covered = {id(row): {(group, tuple(row[n] for n in group)) for group in groups} for row in rows}
-    missing = set().union(*covered.values())
+def covering(rows: Sequence[Row], groups: Iterable[tuple[str, ...]], but: Iterable[Row] = ()) -> list[Row]:
+    """Some of the rows, in which the factors of each group take every combination of values; but those of other rows.
+
+    Greedy, deterministic.
+    """
+
+    def combinations(row: Row) -> set[Any]:
+        return {(group, tuple(row[n] for n in group)) for group in groups}
+
+    groups = list(groups)
+    covered = {id(row): combinations(row) for row in rows}
+    missing = set().union(*covered.values()).difference(*map(combinations, but))
     chosen = []
     while missing:
         best = max(rows, key=lambda row: len(covered[id(row)] & missing))
@@ -190,14 +198,37 @@ def name_of(row: Row) -> str:
     return "-".join(str(v) if not isinstance(v, bool) else f"{n}{int(v)}" for n, v in row.items())
 
 
-# Of the many options of SRU every three together, of the few of the others every two.
-ROWS = [row for cell in CELLS.values() for row in covering(cell, 3 if cell.name == "sru" else 2)]
-LAYER_ROWS = [row for cell in CELLS.values() for row in covering(cell, 2, layer=True)]
+def _rows_of_one_kernel(cell: Cell) -> list[Row]:
+    """All rows of a layer, which also say whether parameters, initial states and masks are wide, that is, in float32
+    where x has 16 bits. A row that says nothing of it leaves it to chance, and its problems have kernels for both."""
+    rows = all_rows(cell, cell.layer_factors | {"wide": (None, True, False)})
+    return [row for row in rows if (row["wide"] is None) == (row["dtype"] in ("float32", "float64"))]
+
+
+def _every_two(rows: list[Row]) -> list[Row]:
+    return covering(rows, itertools.combinations([name for name in rows[0] if name != "cell"], 2))
+
+
+def _of_recurrence(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in CELLS[row["cell"]].layer_factors}
+
+
+# Every two options, of a layer and of the recurrence: both have the same kernels.
+LAYER_ROWS = [row for cell in CELLS.values() for row in _every_two(_rows_of_one_kernel(cell))]
+ROWS = list({name_of(row): row for row in map(_of_recurrence, LAYER_ROWS)}.values())
+# Every three options of SRU, which has many; dtypes are met with every two.
+SRU_ROWS = covering(
+    _rows_of_one_kernel(CELLS["sru"]),
+    itertools.combinations([name for name in CELLS["sru"].factors if name != "dtype"], 3),
+    but=[row for row in ROWS if row["cell"] == "sru"],
+)
 
 
 def smooth(row: Row) -> Row:
     """The row in float64 and without relu, which has a kink at 0, a value that states come near."""
-    return row | {"dtype": "float64"} | ({"activation": "tanh"} if row.get("activation") == "relu" else {})
+    return (
+        row | {"dtype": "float64", "wide": False} | ({"activation": "tanh"} if row.get("activation") == "relu" else {})
+    )
 
 
 SMOOTH_ROWS = list({name_of(smooth(row)): smooth(row) for row in LAYER_ROWS}.values())
@@ -237,7 +268,8 @@ class Problem:
         rng = np.random.default_rng(zlib.crc32(key.encode()))
         cell, dtype = CELLS[row["cell"]], DTYPES[row["dtype"]]
         accumulator = np.float64 if row["dtype"] == "float64" else np.float32
-        small = dtype if rng.integers(2) or accumulator == np.float64 else np.float32
+        wide = row["wide"] if "wide" in row else not rng.integers(2)
+        small = np.float32 if wide and accumulator == np.float32 else dtype
         draw = Draw(rng, L, B, D, d, dtype, small)
         k, skips_x, params, options = cell.arguments(row, draw)
         arrays: dict[str, Any] = {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sru_rt
+from matrix import matrix
 from problems import CELLS, FULL, Cell, Problem
 
 L, B, d = 19, 5, 37
@@ -45,7 +46,7 @@ CASES = [
     Case("minlstm", {"candidate": "identity"}, {}),
     Case("minlstm", {"candidate": "positive"}, {}),
 ]
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+EVERY_CASE = pytest.mark.parametrize("case", matrix(CASES, 4), ids=str)
 
 
 def problem(case: Case, dtype: str, D: int, seed: int = 0) -> dict[str, Any]:

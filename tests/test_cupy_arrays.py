@@ -25,6 +25,7 @@ import sru_rt
 import test_arrays
 import tolerance
 from emu import emulator, fake_cupy
+from matrix import matrix
 from problems import DTYPES, FULL, LAYER_ROWS, LAYOUTS, POLICIES, ROWS, SIZES, Problem, compare, name_of
 from sru_rt import launch, on_cupy, recurrence
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
@@ -204,7 +205,7 @@ def test_the_stand_in_is_strict(cupy):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("row", ROWS[::3], ids=name_of)
+@pytest.mark.parametrize("row", matrix(ROWS[::3]), ids=name_of)
 def test_recurrence_gives_what_numpy_arrays_give(cupy, row, D, layout):
     n = ROWS.index(row) + 10 * D + 3 * list(LAYOUTS).index(layout)
     problem = Problem.make(row, SIZES[n % 3], D, layout)
@@ -223,7 +224,7 @@ def test_recurrence_gives_what_numpy_arrays_give(cupy, row, D, layout):
 
 @pytest.mark.parametrize("save", [True, 4, "x"])
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("row", LAYER_ROWS[::2], ids=name_of)
+@pytest.mark.parametrize("row", matrix(LAYER_ROWS[::2]), ids=name_of)
 def test_layer_matches_oracle(cupy, row, D, save):
     """NaN stands in the padding of x, and in all memory that CuPy hands out."""
     layout = list(LAYOUTS)[LAYER_ROWS.index(row) % len(LAYOUTS)]

@@ -17,7 +17,10 @@ import pytest
 from emu import bugs, emulator
 from sru_rt import source
 
-pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not()),
+]
 
 ORDERS = (0, 1, 2, 7)
 

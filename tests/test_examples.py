@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from matrix import matrix
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CHAR_LM = [sys.executable, str(EXAMPLES / "char_lm.py")]
 CELLS = "sru qrnn mingru minlstm".split()
@@ -98,7 +100,7 @@ def test_training_beats_unigram(trained: tuple[float, float, str]) -> None:
     assert bits < unigram - 2  # the order of five sentences leaves well below one bit per character
 
 
-@pytest.mark.parametrize("cell", CELLS[1:])
+@pytest.mark.parametrize("cell", matrix(CELLS[1:]))
 def test_every_cell_trains_goes_on_and_writes(folder: Path, tmp_path: Path, cell: str) -> None:
     text = ["--text", str(folder / "text.txt")]
     result = char_lm(tmp_path, *text, "--cell", cell, "--out", "w.npz", "--steps", "150", *TINY, *SHORT)

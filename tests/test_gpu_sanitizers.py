@@ -6,11 +6,9 @@ otherwise a clean run of the sources themselves says nothing.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,25 +161,17 @@ def start(job: Job, folder: Path) -> tuple[int, str]:
     return emulator.run_sanitized(command, job.mode)
 
 
-@pytest.fixture(scope="module")
-def outcome(request, tmp_path_factory) -> Callable[[str], tuple[int, str]]:
-    """Runs the jobs of all selected tests, as many at once as there are cores; gives what one of them did."""
-    jobs = CLEAN | PLANTED
-    mine = [item for item in request.session.items if item.fspath == request.node.fspath]
-    chosen = [item.callspec.params["name"] for item in mine]
-    running: dict[str, Future] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for name in chosen:
-            if not emulator.preload(jobs[name].mode)[1]:
-                folder = tmp_path_factory.mktemp(re.sub(r"\W+", "_", name))
-                running[name] = workers.submit(start, jobs[name], folder)
+@pytest.fixture
+def outcome(tmp_path) -> Callable[[str], tuple[int, str]]:
+    """Runs a job, and gives what its process did."""
 
-        def get(name: str) -> tuple[int, str]:
-            if name not in running:
-                pytest.skip(emulator.preload(jobs[name].mode)[1])
-            return running[name].result()
+    def run(name: str) -> tuple[int, str]:
+        job = (CLEAN | PLANTED)[name]
+        if reason := emulator.preload(job.mode)[1]:
+            pytest.skip(reason)
+        return start(job, tmp_path)
 
-        yield get
+    return run
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import oracle
+from matrix import matrix
 
 L, B, d = 5, 3, 2
 ALL = slice(None)
@@ -484,7 +485,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("layout", ["none", "lengths+mask+reset"])
     @DIRECTIONS
-    @pytest.mark.parametrize("form", OTHER_FORMS)
+    @pytest.mark.parametrize("form", matrix(OTHER_FORMS))
     def test_every_element_of_the_recurrence_of_the_others(self, form: str, D: int, layout: str) -> None:
         check_every_element(form, D, layout)
 
@@ -493,7 +494,7 @@ class TestGradients:
     @DIRECTIONS
     @pytest.mark.parametrize(
         ("form", "window"),
-        [*((form, 1) for form in FORMS), ("qrnn_fo", 2), ("qrnn_fo_skip_x", 3), ("qrnn_ifo_skip_projected", 3)],
+        matrix([*((form, 1) for form in FORMS), ("qrnn_fo", 2), ("qrnn_fo_skip_x", 3), ("qrnn_ifo_skip_projected", 3)]),
     )
     def test_every_element_of_the_layer(
         self, form: str, window: int, D: int, low_rank: int | None, layout: str

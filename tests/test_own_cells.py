@@ -12,6 +12,7 @@ import pytest
 
 import oracle
 import tolerance
+from matrix import matrix
 from sru_rt import exp, recurrence, sigmoid, softplus, sqrt, tanh
 from sru_rt.cell import Array, Cell
 from sru_rt.dtypes import IO_DTYPES, state_dtype, to_numpy
@@ -342,7 +343,7 @@ def backward(problem: Problem, given: Operands, saved: Any, every: int, need: An
 @pytest.mark.parametrize("layout", [False, True], ids=["plain", "lengths-mask-reset"])
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("dtype", IO_DTYPES)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", matrix(EXAMPLES, 3))
 def test_cell_matches_plain_loop(name, dtype, D, layout, backend):
     problem, given = make(name, D, layout), operands(make(name, D, layout), dtype)
     h, c_last, gradients = wanted(name, D, layout)

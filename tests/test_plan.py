@@ -59,6 +59,7 @@ sizes = st.tuples(
 )
 
 
+@hypothesis.settings(deadline=None)  # as other processes may be in the way
 @hypothesis.given(
     cell=st.sampled_from(list(CELLS.values())),
     dtype=st.sampled_from(IO_DTYPES),
@@ -369,6 +370,7 @@ def test_length_of_chunks(sizes, expected):
     assert chunk(sizes, how=False) == 0
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(L=st.integers(2, 1 << 31), channels=st.integers(1, 1 << 20), chosen=st.sampled_from((0, 1, 3, 4096)))
 def test_chunks_fit_a_grid(L, channels, chosen):
     length = chunks._length(L, channels, chosen, H200)

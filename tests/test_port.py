@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from matrix import matrix
 from sru_rt import compile_cpu
 
 UNIT = (Path(__file__).parent / "cpp" / "port_math.cpp").read_text()
@@ -30,7 +31,7 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=matrix(TARGETS))
 def port(request):
     """The functions of port_math.cpp, compiled for one kind of processor."""
     flags, features, vector_bytes = TARGETS[request.param]

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,27 +185,15 @@ def start(job: Job, libraries: str, folder: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture(scope="module")
-def outcome(request, tmp_path_factory) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Runs the jobs of all selected tests, as many at once as there are cores; gives what one of them did."""
-    jobs = CLEAN | PLANTED
-    mine = [item for item in request.session.items if item.fspath == request.node.fspath]
-    chosen = [item.callspec.params["name"] for item in mine]
-    libraries: dict[str, str] = {}
-    running: dict[str, Future] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
+@pytest.fixture
+def outcome(tmp_path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a job, and gives what its process did."""
 
-        def get(name: str) -> subprocess.CompletedProcess[str]:
-            mode = jobs[name].mode
-            if mode not in libraries:
-                libraries[mode] = preload(MODES[mode])
-                for n in chosen:
-                    if jobs[n].mode == mode:
-                        folder = tmp_path_factory.mktemp(re.sub(r"\W+", "_", n))
-                        running[n] = workers.submit(start, jobs[n], libraries[mode], folder)
-            return running[name].result()
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        job = (CLEAN | PLANTED)[name]
+        return start(job, preload(MODES[job.mode]), tmp_path)
 
-        yield get
+    return run
 
 
 @pytest.mark.parametrize("name", CLEAN)

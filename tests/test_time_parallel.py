@@ -22,7 +22,7 @@ from sru_rt import chunks, launch_gpu, library, recurrence
 from sru_rt.cell import Array, Cell
 from sru_rt.dtypes import to_numpy
 from sru_rt.recurrence import Operands
-from test_gpu_kernels import covering_rows, title
+from test_gpu_kernels import GPU_STRENGTH, covering_rows, title
 
 pytestmark = pytest.mark.kernels
 
@@ -106,7 +106,7 @@ CASES = [
     *(pytest.param("emulated", row, id=f"emulated-{title(row)}") for row in covering_rows(MATRIX, groups(2))),
     *(
         pytest.param("gpu", row, id=f"gpu-{title(row)}", marks=pytest.mark.gpu)
-        for row in covering_rows(MATRIX, groups(3))
+        for row in covering_rows(MATRIX, groups(GPU_STRENGTH))
     ),
 ]
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from sru_rt.bindings import torch as binding
 from sru_rt.bindings.torch import QRNN, RNN, SRU, MinGRU, MinLSTM, native
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 import sru_rt
@@ -146,7 +147,7 @@ def test_functions_compiled(name, recompute):
 )
 def test_one_compiled_module_for_all_sizes(name, recompute):
     module = made(name, recompute)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     counts = []
     for L, B in ((40, 3), (70, 3), (40, 5), (100, 6)):  # a single kept state would be a case of its own

@@ -49,10 +49,11 @@ def recurrence(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming what does not fit.
     """
     given = (u, c0, lengths, mask, reset, *arrays)
-    call = Call(cell, tuple(constants), every, str(time_parallel), keeps(u, c0, *arrays))
     if not is_eager(u):
+        call = Call(cell, tuple(constants), every, str(time_parallel), keeps(u, c0, *arrays))
         h, last, _ = _Traced.apply(call, *native.operands(call, given))
         return h.flatten(2), last
+    call = Call(cell, tuple(constants), every, str(time_parallel), records(u, c0, *arrays))
     plan, o = _planned(call, given)
     if call.keep:
         return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
@@ -72,7 +73,7 @@ def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
 def is_eager(tensor: Tensor) -> bool:
     """Whether a tensor has values, and no transformation is at work that wants to see what is done to it."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
         and (tensor.is_cpu or tensor.is_cuda)
         and not _is_transformed()
         and not torch.compiler.is_compiling()
@@ -89,7 +90,11 @@ def _is_transformed() -> bool:
 
 def records(*tensors: Tensor | None) -> bool:
     """Whether a gradient is to be recorded."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would cost more
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def keeps(*tensors: Tensor | None) -> bool:

@@ -46,14 +46,23 @@ def layer(
     Returns:
         h (L, B, D*d), and the last states, like c0.
     """
-    flags = {"lengths": lengths, "mask": mask, "reset": reset}
-    if recompute != "x":
-        u = project(x, factors, window, lengths, mask, reset)
-        return recurrence(
-            cell, u, arrays, c0, **flags, constants=constants, every=every(recompute), time_parallel=time_parallel
+    if recompute == "x":
+        flags = (lengths, mask, reset)
+        return _forming_u_again(
+            cell, x, tuple(factors), tuple(arrays), c0, window, flags, tuple(constants), str(time_parallel)
         )
-    return recurrence_of_x(
-        cell, x, factors, arrays, c0, window=window, **flags, constants=constants, time_parallel=time_parallel
+    u = project(x, factors, window, lengths, mask, reset)
+    return recurrence(
+        cell,
+        u,
+        arrays,
+        c0,
+        lengths=lengths,
+        mask=mask,
+        reset=reset,
+        constants=constants,
+        every=every(recompute),
+        time_parallel=time_parallel,
     )
 
 
@@ -69,24 +78,21 @@ def check_recompute(function: str, value: Any) -> bool | int | str:
     raise ArgumentError(f"{function}: recompute must be False, True, a number K >= 1 of steps, or 'x' (got {value!r})")
 
 
-def recurrence_of_x(
+def _forming_u_again(
     cell: str,
     x: Tensor,
-    factors: Sequence[Tensor],
-    arrays: Sequence[Tensor] = (),
-    c0: Tensor | None = None,
-    *,
-    window: int = 1,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    reset: Tensor | None = None,
-    constants: Sequence[float] = (),
-    time_parallel: bool | str = "auto",
+    factors: tuple[Tensor, ...],
+    arrays: tuple[Tensor, ...],
+    c0: Tensor | None,
+    window: int,
+    flags: tuple[Tensor | None, ...],
+    constants: tuple[float, ...],
+    time_parallel: str,
 ) -> tuple[Tensor, Tensor]:
     """A layer of which U is formed again in the backward."""
-    call = Call(cell, tuple(constants), _EVERY, str(time_parallel), autograd.keeps(x, *factors, c0, *arrays))
-    x, *factors = (as_autocast(t) for t in (x, *factors))
-    others = native.beside_u(call, x.dtype, (c0, lengths, mask, reset, *arrays))
+    call = Call(cell, constants, _EVERY, time_parallel, autograd.keeps(x, *factors, c0, *arrays))
+    x, *factors = (as_autocast(t) for t in (x, *factors))  # type: ignore[assignment]
+    others = native.beside_u(call, x.dtype, (c0, *flags, *arrays))
     with without_autocast(x.device.type):  # it is off when the backward forms U
         h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *others)
     return h, last
@@ -101,7 +107,8 @@ class _Layer(Function):
     def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
         if autograd.is_eager(o[0]):
-            return native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+            h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+            return h, last, last.new_empty(0) if saved is None else saved
         h, last, saved = ops.forward(call, o)
         return h.flatten(2), last, saved
 
@@ -129,4 +136,4 @@ def _u(window: int, x: Tensor, factors: Sequence[Tensor], others: Sequence[Any])
     return project(x, factors, window, lengths, mask, reset)
 
 
-torch.compiler.allow_in_graph(recurrence_of_x)
+torch.compiler.allow_in_graph(_forming_u_again)

@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     """A pass for operands of one layout."""
 
     prepared: Prepared
-    results: Sequence[tuple[tuple[int, ...], torch.dtype]]  # what is to be allocated
+    results: Sequence[_Result]  # what is to be allocated
     gpu: torch.device | None
 
     def run(self, *tensors: Tensor | None) -> None:
@@ -68,6 +68,8 @@ def _gpu(tensor: Tensor) -> torch.device | None:
     """The GPU where a tensor is, None for the host."""
     return None if tensor.is_cpu else tensor.device
 
+
+_Result = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype
 
 _plans: dict[Hashable, Plan] = {}
 
@@ -179,11 +181,11 @@ def make_forward_plan(call: Call, o: Operands) -> Plan:
     return _remember((call, layout(*o)), _Sizes(call, o).forward())
 
 
-def forward(plan: Plan, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """h (L, B, D*d), the last states, and the states that are kept for the backward."""
-    made = _allocate(o[0], plan.results)
+def forward(plan: Plan, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are."""
+    h, last, saved, *_ = made = _allocate(o[0], plan.results)
     plan.run(*o, *made)
-    return made[0], made[1], made[2]
+    return h, last, saved  # type: ignore[return-value]
 
 
 def backward(
@@ -239,10 +241,10 @@ class _Sizes:
 
     def forward(self) -> Plan:
         cell, (L, B, D, d) = self.cell, self.shape
-        results = [
+        results: list[_Result] = [
             ((L, B, D * d), self.o[0].dtype),
             (shape_of_state(cell, D, B, d), self.acc),
-            (shape_of_state(cell, self.kept, B, D, d), self.acc),
+            (shape_of_state(cell, self.kept, B, D, d), self.acc) if self.call.keep else None,
             *self._carry(self.forward_chunk),
         ]
         at = [place(i) for i in range(len(self.o) + len(results))]
@@ -264,10 +266,10 @@ class _Sizes:
         scratch = launch.needs_scratch(self.variant, every, self.device)
         rows = (count * min(every, chunk) if chunk else every) if scratch else 0
         sums, row = len(cell.params), d + (_ROW_PADDING if self.device == "cpu" else 0)
-        results = [
+        results: list[_Result] = [
             (shape_of_state(cell, D, B, d), self.acc),
             ((count, B, D, sums + (len(cell.per_sequence) if chunk else 0), row), self.acc),
-            ((self.n, rows, B, D, d), self.acc),
+            ((self.n, rows, B, D, d), self.acc) if scratch else None,
             *self._carry(chunk),
         ]
         n = len(self.o)
@@ -313,7 +315,7 @@ class _Sizes:
         found = launch.chunk(self.variant, self.shape, forward, time_parallel, self.device)  # type: ignore[arg-type]
         return 0 if forward and found % call.every else found
 
-    def _carry(self, chunk: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def _carry(self, chunk: int) -> list[_Result]:
         """Scratch for what chunks of time leave to each other; the last of the results."""
         return [((chunks.count(self.L, chunk), self.n * (self.n + 1), *self.shape[1:]), self.acc)] if chunk else []
 
@@ -358,8 +360,8 @@ class _Sizes:
         return found
 
 
-def _allocate(like: Tensor, results: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    return [like.new_empty(shape, dtype=dtype) for shape, dtype in results]
+def _allocate(like: Tensor, results: Sequence[_Result]) -> list[Any]:
+    return [None if r is None else like.new_empty(r[0], dtype=r[1]) for r in results]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, o = split(arguments)
     h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
     L, B, D, _, d = o[0].shape
-    return h.view(L, B, D, d), last, saved
+    return h.view(L, B, D, d), last, last.new_empty(0) if saved is None else saved
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
@@ -80,7 +80,7 @@ def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     L, B, D, _, d = u.shape
     acc = native.state_dtype(u.dtype)
     last = native.shape_of_state(cell, D, B, d)
-    saved = native.shape_of_state(cell, native.kept(call, L), B, D, d)
+    saved = native.shape_of_state(cell, native.kept(call, L), B, D, d) if call.keep else (0,)
     return u.new_empty((L, B, D, d)), u.new_empty(last, dtype=acc), u.new_empty(saved, dtype=acc)
 
 

@@ -16,7 +16,7 @@ from ...check import Check
 from ...errors import ShapeError
 from . import given, sru_given
 from .autograd import recurrence
-from .layer import recurrence_of_x
+from .layer import layer
 from .projection import without_padding
 
 
@@ -255,7 +255,7 @@ class SRUCell(nn.Module):
         layout["constants"] = (self._alpha if self.rescale else 1.0,) if skips_x else ()
         text = self._texts["none" if v is None else "inputs" if v.dim() == 5 else "params", dropped]
         if self.recompute == "x":
-            return recurrence_of_x(text, seen, self._factors(), arrays, c0, **layout)
+            return layer(text, seen, self._factors(), arrays, c0, recompute="x", **layout)
         u = self._gates(seen, one_step) if u is None else u
         return recurrence(text, u, arrays, c0, **layout, every=int(self.recompute) or 1)
 

@@ -259,6 +259,12 @@ def _compiler() -> tuple[str, str]:
 
 
 @functools.cache
+def _linker() -> list[str]:
+    """gold, where it is installed: the usual one takes as long to read libstdc++ as half a kernel takes to compile."""
+    return ["-fuse-ld=gold"] if shutil.which("ld.gold") else []
+
+
+@functools.cache
 def _cache_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"sru_rt_emu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -304,7 +310,7 @@ def build(unit: str, mode: Mode, flags: Sequence[str]) -> Path:
     """The shared object of a translated module."""
     options = f"{_COMMON} {mode.kernel_flags} {_compiler()[1]}".split()
     command = ["g++", *options, "-nostdinc", f"-I{HERE}", *flags, "-shared", "-x", "c++", "-", "-x", "none"]
-    command += [*map(str, _runtime(mode)), *mode.link_flags.split(), "-Wl,-Bsymbolic", "-o"]
+    command += [*map(str, _runtime(mode)), *mode.link_flags.split(), *_linker(), "-Wl,-Bsymbolic", "-o"]
     return _build("kernels.so", [*command, unit, _own_text(".h")], lambda p: _run([*command, p], unit, "compiling"))
 
 
