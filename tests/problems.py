@@ -224,6 +224,17 @@ SRU_ROWS = covering(
 )
 
 
+def smooth(row: Row) -> Row:
+    """The row in float64 and without relu, which has a kink at 0, a value that states come near."""
+    return (
+        row | {"dtype": "float64", "wide": False} | ({"activation": "tanh"} if row.get("activation") == "relu" else {})
+    )
+
+
+# A third of them, as the oracle's gradients, which others are held to, are held to finite differences as well.
+SMOOTH_ROWS = list({name_of(smooth(row)): smooth(row) for row in LAYER_ROWS}.values())[::3]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One call
 
@@ -307,6 +318,21 @@ class Problem:
         forward, backward = ("forward", "backward") if layer else ("recurrence", "recurrence_backward")
         h, last = self.cell.oracle(forward)(**self.given)
         return h, last, self.cell.oracle(backward)(**self.given, **self.seeds)
+
+
+def away_from_kinks(row: Row, size: tuple[int, int, int], D: int, layout: str, **more: Any) -> Problem:
+    """A problem of which no candidate lies near 0, where g of candidate="positive" has a kink; no NaN in padding."""
+    for seed in range(100):
+        problem = Problem.make(row, size, D, layout, seed=seed, **more)
+        arrays = problem.arrays
+        arrays |= {name: np.nan_to_num(arrays[name]) for name in ("u", "x") if name in arrays}
+        if row.get("candidate") != "positive":
+            return problem
+        u = arrays["u"] if "u" in arrays else oracle.project(arrays["x"], arrays["weight"])
+        n = u[:, :, :, -1] if arrays["bias"] is None else u[:, :, :, -1] + arrays["bias"][:, -1]
+        if np.abs(n[~problem.padded]).min(initial=1) > 1e-3:
+            return problem
+    raise RuntimeError("no problem is away from the kink")
 
 
 def compare(problem: Problem, result: tuple[Any, ...], gradients: Any, layer: bool = False) -> None:

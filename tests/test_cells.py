@@ -21,10 +21,12 @@ from problems import (
     POLICIES,
     ROWS,
     SIZES,
+    SMOOTH_ROWS,
     SRU_ROWS,
     Problem,
     Row,
     all_rows,
+    away_from_kinks,
     compare,
     name_of,
 )
@@ -95,37 +97,11 @@ def test_low_rank_matches_oracle(cell, dtype, save):
     compare(problem, *problem.run(layer=True, save=save), layer=True)
 
 
-def smooth(row: Row) -> Row:
-    """The row in float64 and without relu, which has a kink at 0, a value that states come near."""
-    return (
-        row | {"dtype": "float64", "wide": False} | ({"activation": "tanh"} if row.get("activation") == "relu" else {})
-    )
-
-
-# A third of them, as the oracle's gradients, which the above has been held to, are held to finite differences as well.
-SMOOTH_ROWS = list({name_of(smooth(row)): smooth(row) for row in LAYER_ROWS}.values())[::3]
-
-
-def away_from_kinks(row: Row, D: int) -> Problem:
-    """A problem of which no candidate lies near 0, where g of candidate="positive" has a kink."""
-    for seed in range(100):
-        problem = Problem.make(row, (4, 2, 3), D, "all", layer=True, seed=seed)
-        problem.arrays["x"] = np.nan_to_num(problem.arrays["x"])
-        if row.get("candidate") != "positive":
-            return problem
-        bias = problem.arrays["bias"]
-        n = oracle.project(problem.arrays["x"], problem.arrays["weight"])[:, :, :, -1]
-        n = n if bias is None else n + bias[:, -1]
-        if np.abs(n[~problem.padded]).min() > 1e-3:
-            return problem
-    raise RuntimeError("no problem is away from the kink")
-
-
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("row", matrix(SMOOTH_ROWS), ids=name_of)
 def test_gradients_by_finite_differences(row, D):
     """Independent of the oracle: the library's backward against its own forward."""
-    problem = away_from_kinks(row, D)
+    problem = away_from_kinks(row, (4, 2, 3), D, "all", layer=True)
 
     def loss(**arrays: Any) -> float:
         h, last = problem.forward(layer=True)(**{**problem.given, **arrays})

@@ -135,6 +135,7 @@ VIEWS = {
     "transposed": lambda a: a.permute(*reversed(range(a.ndim))).contiguous().permute(*reversed(range(a.ndim))),
     "expanded": lambda a: a[:1].expand(a.shape),
     "sliced": lambda a: torch.stack([a, a], -1)[..., 0],
+    "part of rows": lambda a: torch.cat([a, a], 1)[:, : a.shape[1]] if a.ndim > 1 else a,
     "flipped": lambda a: a.flip(0),
     "negated lazily": lambda a: torch.complex(a, a).conj().imag if a.is_floating_point() else a,
     "subclass": lambda a: a.as_subclass(Subclass),
@@ -156,7 +157,7 @@ def test_views(view):
         assert_same_bits([a.numpy() for a in sru_rt.sru_recurrence(**call)], wanted)
 
 
-@pytest.mark.parametrize("view", ["transposed", "expanded", "sliced", "flipped"])
+@pytest.mark.parametrize("view", ["transposed", "expanded", "sliced", "part of rows", "flipped"])
 def test_gradients_of_views(view):
     call = converted(arguments("sru_recurrence", np.float64), tensor)
     gradients = []

@@ -13,6 +13,8 @@ from problems import Problem
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 
 def tensor(array: Any) -> Any:
     """A NumPy array as a tensor with its values; a pair as a pair; anything else as it is."""
@@ -57,3 +59,36 @@ def run(problem: Problem, function: Any, **more: Any) -> tuple[tuple[Any, Any], 
         pair = isinstance(value, tuple)
         gradients[name] = tuple(array(v.grad) for v in value) if pair else value if value is None else array(value.grad)
     return (array(h), array(last)), types.SimpleNamespace(**gradients)
+
+
+def flat(given: dict[str, Any]) -> list[Any]:
+    """The tensors that have a gradient."""
+    every = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
+    return [one for one in every if isinstance(one, torch.Tensor) and one.is_floating_point()]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of our operators, with what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sru_rt":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(function: Any, given: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators that a function and its gradient call, with their arguments."""
+    with Recorder() as recorder:
+        h, last = function(**given)
+        results = [h, *(last if isinstance(last, tuple) else [last])]
+        torch.autograd.backward(results, [seed(r) for r in results])
+    return recorder.calls
+
+
+def seed(result: Any) -> Any:
+    """A gradient of a result, no two numbers of which are alike."""
+    return torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=result.device).reshape(result.shape).cos()

@@ -29,7 +29,7 @@ def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
         refused = [name for name in _LEFT_OUT if name in kwargs]
         if refused:
             raise TypeError(f"{name}() got an unexpected keyword argument {refused[0]!r}")
-        return core(*args, save=Recompute(recompute), **kwargs)
+        return core(*args, save=Recompute(_settled(recompute)), **{name: _settled(v) for name, v in kwargs.items()})
 
     function.__name__ = function.__qualname__ = name
     function.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
@@ -83,7 +83,15 @@ def own_cell(
 
 @torch.compiler.allow_in_graph
 def _own_cell(text: str, *args: Any, recompute: bool | int | str, **options: Any) -> Any:
-    return _cell_of(text).forward(*args, save=Recompute(recompute), **options)
+    options = {name: _settled(value) for name, value in options.items()}
+    return _cell_of(text).forward(*args, save=Recompute(_settled(recompute)), **options)
+
+
+def _settled(option: Any) -> Any:
+    """A number, or numbers, of which the compiler left open what they are, as it does with arguments of programs."""
+    if isinstance(option, (list, tuple)):
+        return type(option)(map(_settled, option))
+    return int(option) if isinstance(option, torch.SymInt) else option
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...check import Check
 from ...errors import DtypeError, LibraryError, ShapeError
-from . import autograd
+from .autograd import is_eager
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -105,7 +105,7 @@ def lengths(check: Check, value: Any, L: Any, B: Any, device: torch.device) -> T
         problem = f"lengths has dtype {value.dtype}; it needs an integer dtype: convert it with lengths.long()"
         raise DtypeError(f"{check.function}: {problem}")
     shape(check, "lengths", value, "B", (B,), "one for each sequence of input")
-    if value.is_cpu and autograd.is_eager(value) and value.numel():
+    if value.is_cpu and is_eager(value) and value.numel():
         least, most = (int(v) for v in torch.aminmax(value.long()))
         if least < 0 or most > L:
             raise check.error("lengths", f"must be from 0 to L = {L} (got values from {least} to {most})")

@@ -57,17 +57,21 @@ class Plan(NamedTuple):
 
     prepared: Prepared
     results: Sequence[_Result]  # what is to be allocated
+    gpu: torch.device | None
 
     def run(self, constants: tuple[float, ...], *tensors: Tensor | None) -> None:
         """Runs the pass on the operands and results, in order on PyTorch's current stream."""
         addresses = [*constants, *[0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]]
-        u = tensors[0]
-        if u.is_cpu:  # type: ignore[union-attr]
+        if self.gpu is None:
             self.prepared.run(addresses)
             return
-        device = u.device  # type: ignore[union-attr]
-        with torch.cuda.device(device):
-            self.prepared.run(addresses, int(torch.cuda.current_stream(device).cuda_stream))
+        with torch.cuda.device(self.gpu):
+            self.prepared.run(addresses, int(torch.cuda.current_stream(self.gpu).cuda_stream))
+
+
+def _gpu(tensor: Tensor) -> torch.device | None:
+    """The GPU where a tensor is, None for the host."""
+    return None if tensor.is_cpu else tensor.device
 
 
 def _nowhere(tensor: Tensor) -> int:
@@ -227,7 +231,7 @@ def shape_of_h(u: Tensor) -> tuple[Any, ...]:
 
 
 def gradients_like(o: Operands, need: Sequence[bool]) -> list[Tensor | None]:
-    """Memory for the gradients of U and the arrays, laid out as these are; None for the others."""
+    """Memory for the gradients of U and the arrays; None for the others."""
     return [_empty_like(t) if need[i] and (not i or i >= ARRAYS) else None for i, t in enumerate(o)]
 
 
@@ -246,7 +250,8 @@ class _Sizes:
         self.call, self.o, self.cell = call, o, cell
         self.L, self.B, self.D, self.d = self.shape = tuple(sizes[axis] for axis in "LBDd")
         u = o[0]
-        self.acc, self.device = state_dtype(u.dtype), "cpu" if u.is_cpu else f"cuda:{u.device.index}"
+        self.acc, self.gpu = state_dtype(u.dtype), _gpu(u)
+        self.device = str(self.gpu or "cpu")
         self.variant = Variant(cell, _DTYPES[u.dtype], _DTYPES[self.acc], self._wide())
         self.forward_chunk = self._chunk(forward=True)
         self.n, self.kept = len(cell.state), kept(call, self.L)
@@ -268,7 +273,7 @@ class _Sizes:
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self.call.keep else 0, self.kept * B * D * d),
         )
-        return Plan(Prepared(self.variant, arguments, self.device), results)
+        return Plan(Prepared(self.variant, arguments, self.device), results, self.gpu)
 
     def backward(self, saved: Tensor, dh: Tensor, dlast: Tensor | None, need: tuple[bool, ...]) -> Plan:
         cell, (L, B, D, d), every = self.cell, self.shape, self.call.every
@@ -290,7 +295,7 @@ class _Sizes:
         p_saved, p_dh, p_dlast = at[n : n + 3]
         wanted = [p if needed else 0 for p, needed in zip(at[n + 3 :], need)]
         dc0, partial, states = at[2 * n + 3 :][:3]
-        slots = self._slots(wanted)
+        slots = self._slots(wanted, gradients=True)
         arguments = abi.Backward(
             given=self._given(at, chunk),
             dh=p_dh,
@@ -305,7 +310,7 @@ class _Sizes:
             dc0=self._each(dc0, D * B * d),
             saved_chunk=self.forward_chunk,
         )
-        return Plan(Prepared(self.variant, arguments, self.device), results)
+        return Plan(Prepared(self.variant, arguments, self.device), results, self.gpu)
 
     def _places(self, n: int) -> list[int]:
         """Of operands and results; constants come before them."""
@@ -363,14 +368,15 @@ class _Sizes:
             carry=at[-1] if chunk else 0,
         )
 
-    def _slots(self, at: Sequence[int]) -> dict[str, list[abi.Slot]]:
-        """A slot for each value of the step function, of U and the arrays at the addresses `at`."""
+    def _slots(self, at: Sequence[int], gradients: bool = False) -> dict[str, list[abi.Slot]]:
+        """A slot for each value of the step function, of U and the arrays at the addresses `at`, or their gradients."""
         found: dict[str, list[abi.Slot]] = {kind: [] for kind in ("gates", "inputs", "per_sequence", "params")}
         gates = next(a for a in self.cell.arrays if a.kind == "gates")
         named = [(gates, self.o[0], at[0]), *zip(declared(self.cell), self.o[ARRAYS:], at[ARRAYS:])]
         for a, tensor, address in named:
             n, d = len(a.members), self.d
-            between, row = (tensor.stride(1), tensor.stride(0)) if a.kind == "params" else (d, n * d)
+            own_rows = a.kind == "params" and not gradients
+            between, row = (tensor.stride(1), tensor.stride(0)) if own_rows else (d, n * d)
             for i in range(n):
                 slot = abi.Slot(address + i * between * tensor.element_size(), row) if address else abi.NOT_WANTED
                 found[a.kind].append(slot)
@@ -382,4 +388,5 @@ def _allocate(like: Tensor, results: Sequence[_Result]) -> list[Any]:
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+    # In rows whatever the strides of a parameter, which may be a part of a larger tensor.
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
