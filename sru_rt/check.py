@@ -41,10 +41,12 @@ class Check:
     def error(self, name: str, problem: str, kind: type[ArgumentError] = ArgumentError) -> ArgumentError:
         return kind(f"{self.function}: {name} {problem}")
 
-    def choice(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+    def choice(self, name: str, value: Any, choices: Sequence[Any]) -> Any:
+        """`value`, if it is one of the choices; a bool of NumPy as one of Python."""
         value = bool(value) if isinstance(value, np.bool_) else value
         if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
             raise self.error(name, f"must be one of {', '.join(map(repr, choices))} (got {value!r})")
+        return value
 
     def number(self, name: str, value: Any) -> float:
         found = None if isinstance(value, (int, float)) else libraries.of(value)

@@ -61,7 +61,7 @@ class Init:
     def skip_is_projected(self, project_skip: Any, has_skip: bool) -> bool:
         """What `project_skip` means for a layer of these sizes."""
         check, d_out = self.check, self.D * self.d
-        check.choice("project_skip", project_skip, ("auto", True, False))
+        project_skip = check.choice("project_skip", project_skip, ("auto", True, False))
         if project_skip is True and not has_skip:
             raise check.error("project_skip", "is True, but these options have no skip; leave it out")
         if has_skip and project_skip is False and self.d_in != d_out:

@@ -15,7 +15,10 @@ _PLACE = 1 << 48  # beyond any size, stride or offset
 
 
 def place(number: int) -> int:
-    """What stands in the arguments of a `Prepared` for the address number `number`. Offsets may be added."""
+    """What stands in the arguments of a `Prepared` for the address (or constant) number `number`.
+
+    Offsets may be added to addresses.
+    """
     return (number + 1) * _PLACE
 
 
@@ -23,7 +26,7 @@ class Prepared:
     """One pass of a recurrence.
 
     Args:
-        arguments: with `place(i)` instead of the i-th address. Addresses that are 0 are not there.
+        arguments: with `place(i)` in place of the i-th address or constant. Addresses that are 0 are not there.
         device, stream: as for `launch.run`.
     """
 
@@ -34,20 +37,22 @@ class Prepared:
         self._pack = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
         self._kernel = launch.bound(variant, arguments) if device == "cpu" else None
 
-    def run(self, addresses: Sequence[int], stream: int = 0) -> None:
+    def run(self, addresses: Sequence[float], stream: int = 0) -> None:
         """Runs the pass in order on `stream`."""
         if self._kernel is None:
             launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
             return
         found = (0, *addresses)
-        self._kernel(self._pack(*[found[i] + rest for i, rest in self._parts]))
+        self._kernel(self._pack(*[found[i] + rest if rest else found[i] for i, rest in self._parts]))
 
 
-def _filled(value: Any, addresses: Sequence[int]) -> Any:
+def _filled(value: Any, addresses: Sequence[float]) -> Any:
     """Arguments with addresses in their places."""
     if isinstance(value, int):
         number, rest = divmod(value, _PLACE)
-        return addresses[number - 1] + rest if number else value
+        if not number:
+            return value
+        return addresses[number - 1] + rest if rest else addresses[number - 1]
     if isinstance(value, tuple):
         filled = [_filled(v, addresses) for v in value]
         make: Callable[..., Any] = getattr(type(value), "_make", type(value))

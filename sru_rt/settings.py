@@ -1,4 +1,7 @@
-"""Every environment variable that the library reads, with its default and its meaning. Read at each use."""
+"""Every environment variable that the library reads, with its default and its meaning. Read at each use.
+
+But what is prepared for calls of one kind (see `prepared`) goes by what was set when it was.
+"""
 
 from __future__ import annotations
 

@@ -231,7 +231,8 @@ def smooth(row: Row) -> Row:
     )
 
 
-SMOOTH_ROWS = list({name_of(smooth(row)): smooth(row) for row in LAYER_ROWS}.values())
+# A third of them, as the oracle's gradients, which others are held to, are held to finite differences as well.
+SMOOTH_ROWS = list({name_of(smooth(row)): smooth(row) for row in LAYER_ROWS}.values())[::3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

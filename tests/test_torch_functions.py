@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sru_rt
-from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, SIZES, Problem, compare, covering, name_of
+from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, ROWS, SIZES, Problem, compare, name_of
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
 from test_arrays import OPTIONS, D, L, arguments, assert_same_bits, converted
 from test_arrays import B as BATCH
@@ -29,7 +29,7 @@ from sru_rt.bindings import torch as binding  # noqa: E402  (needs PyTorch)
 # ----------------------------------------------------------------------------------------------------------------------
 # Results and gradients
 
-RECURRENCES = [row for cell in CELLS.values() for row in covering(cell, 2)]
+RECURRENCES = ROWS[::2]  # of what test_cells.py has; all options meet two by two in the layers
 
 
 @pytest.mark.parametrize("D", [1, 2])
@@ -171,6 +171,94 @@ def test_gradients_of_views(view):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=1e-14)
 
 
+PARTS = {
+    "first of a bank": lambda bank: bank[:, :2],
+    "every other": lambda bank: bank[:, ::2],
+    "overlapping": lambda bank: bank.as_strided((bank.shape[0], 2, SIZE), (bank.stride(0), 2, 1)),
+    "directions inside": lambda bank: bank.transpose(0, 1)[: bank.shape[0], :2] if bank.shape[0] == 2 else bank[:, :2],
+}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("part", PARTS)
+def test_gradients_of_parts_of_a_bank_of_parameters(part, directions):
+    """Memory for a gradient is laid out as the parameter is only where that is dense."""
+    u = torch.randn(L, BATCH, directions, 2, SIZE)
+    bank = torch.randn(directions, 4, SIZE)
+    gradients = []
+    for make in (PARTS[part], lambda bank: PARTS[part](bank).contiguous()):
+        leaf = bank.clone().requires_grad_()
+        sru_rt.mingru_recurrence(u, make(leaf))[0].square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_tensors_that_have_no_memory():
+    u, zeros = torch.randn(3, 2, 1, 2, 4, requires_grad=True), torch._efficientzerotensor
+    h, _ = sru_rt.mingru_recurrence(u)
+    h.backward(zeros(h.shape))
+    assert not u.grad.any()
+    h, _ = sru_rt.mingru_recurrence(zeros(u.shape))
+    assert torch.equal(h, sru_rt.mingru_recurrence(torch.zeros(u.shape))[0])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.zeros(1, 2, 4))
+    with pytest.raises((LibraryError, RuntimeError, AssertionError)):  # and no crash
+        sru_rt.mingru_recurrence(u.detach(), h0=fake)
+
+
+def test_operands_of_a_subclass_beside_a_plain_u():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    u, h0 = torch.randn(3, 2, 1, 2, 4), torch.randn(1, 2, 4)
+    wanted, _ = sru_rt.mingru_recurrence(u, h0=h0)
+    got, _ = sru_rt.mingru_recurrence(TwoTensor(u, u), h0=TwoTensor(h0, h0))
+    assert isinstance(got, TwoTensor) and torch.equal(got.a, wanted)
+    got, _ = sru_rt.mingru_recurrence(u, h0=TwoTensor(h0, h0))
+    assert torch.equal(got.a, wanted)
+
+
+def test_constants_that_are_equal_and_not_the_same():
+    @sru_rt.cell(gates="a", state="c", constants="k")
+    def divided(a, c, k):
+        c = c + a
+        return c, c / k
+
+    u = torch.ones(2, 1, 1, 1, 3)
+    assert (divided.recurrence(u, k=0.0)[0] == float("inf")).all()
+    assert (divided.recurrence(u, k=-0.0)[0] == -float("inf")).all()
+
+
+def test_forward_mode_is_refused():
+    from torch.autograd import forward_ad
+
+    u = torch.randn(3, 2, 1, 2, 4)
+    with forward_ad.dual_level(), pytest.raises(LibraryError, match=r"no derivative in forward mode .* use reverse"):
+        sru_rt.mingru_recurrence(forward_ad.make_dual(u, torch.ones_like(u)))
+    with pytest.raises(LibraryError, match="forward mode"):
+        torch.func.jvp(lambda u: sru_rt.mingru_recurrence(u)[0], (u,), (u,))
+
+
+def test_traced_by_jit():
+    module = binding.MinGRU(4, 5, bidirectional=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated, and of shapes that become constants
+        traced = torch.jit.trace(lambda x: module(x)[0], torch.randn(6, 3, 4), check_trace=False)
+    x = torch.randn(6, 3, 4)
+    torch.testing.assert_close(traced(x), module(x)[0], rtol=0, atol=0)
+
+
+def test_recomputation_forms_no_gradient_that_nobody_wants():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    weight = torch.randn(1, 2, 8, 8, requires_grad=True)
+    counted = []
+    for recompute in (False, "x"):
+        with FlopCounterMode(display=False) as counter:
+            binding.mingru(torch.randn(5, 3, 8), weight, recompute=recompute)[0].sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[1] == counted[0] * 3 / 2  # U and the gradient of the weight, and U once more
+
+
 def test_without_steps_and_without_sequences():
     call = converted(arguments("sru_forward"), tensor)
     none = {"lengths": None, "mask": None, "reset": None}
@@ -309,7 +397,7 @@ def test_options_that_mean_nothing():
     refused("sru_forward", call | {"saved_dtype": "float16"}, ArgumentError, "saved_dtype=", "PyTorch")
     assert not out[0].any()
     assert len(sru_rt.sru_forward(**call, save=False, out=None)) == 2
-    for recompute in (-1, 1.5, "y", None):
+    for recompute in (-1, 0.0, 1.5, "y", None):
         with pytest.raises(ArgumentError, match="sru_forward: recompute must be"):
             binding.sru(**call, recompute=recompute)
     with pytest.raises(TypeError, match=r"sru\(\) got an unexpected keyword argument 'save'"):

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from ...errors import LibraryError
 from . import native, ops, reference
 from .native import Call, Operands, Plan
 
@@ -49,7 +50,7 @@ def recurrence(
         ShapeError, DtypeError, LibraryError, ArgumentError: naming what does not fit.
     """
     given = (u, c0, lengths, mask, reset, *arrays)
-    if not is_eager(u):
+    if not is_eager(*given):
         call = Call(cell, tuple(constants), every, str(time_parallel), keeps(u, c0, *arrays))
         h, last, _ = _Traced.apply(call, *native.operands(call, given))
         return h.flatten(2), last
@@ -57,7 +58,7 @@ def recurrence(
     plan, o = _planned(call, given)
     if call.keep:
         return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
-    h, last, _ = native.forward(plan, o)
+    h, last, _ = native.forward(plan, call, o)
     return h, last
 
 
@@ -70,22 +71,29 @@ def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
     return native.forward_plan(call, o) or native.make_forward_plan(call, o), o
 
 
-def is_eager(tensor: Tensor) -> bool:
-    """Whether a tensor has values, and no transformation is at work that wants to see what is done to it."""
-    return (
-        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
-        and (tensor.is_cpu or tensor.is_cuda)
-        and not _is_transformed()
-        and not torch.compiler.is_compiling()
-    )
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether tensors have values, and no transformation is at work that wants to see what is done to them."""
+    for t in tensors:
+        if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
+            return False
+    return not (_is_transformed() or torch.compiler.is_compiling())
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or a mode of dispatch is at work."""
+    """Whether torch.func, forward-mode differentiation, a trace or a mode of dispatch is at work."""
     try:
-        return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+        return (
+            torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._get_tracing_state() is not None
+            or forward_ad._current_level >= 0
+        )
     except AttributeError:  # of another release of PyTorch: the way that is right for all
         return True
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -102,7 +110,18 @@ def keeps(*tensors: Tensor | None) -> bool:
 
     A tensor of one level of `torch.func` does not tell what others want. An exported program is seldom trained.
     """
-    return (records(*tensors) or _is_transformed()) and not torch.compiler.is_exporting()
+    return (records(*tensors) or _is_transformed()) and not _is_exporting()
+
+
+class ReverseMode(Function):
+    """A function that is differentiated in reverse only."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise LibraryError(
+            "sru_rt: recurrences have no derivative in forward mode (jvp, jacfwd, hessian); use reverse mode (grad, "
+            "vjp, jacrev): a Hessian is jacrev(jacrev(f))"
+        )
 
 
 class _Eager(Function):
@@ -111,7 +130,7 @@ class _Eager(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, plan: Plan, *o: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        h, last, saved = native.forward(plan, o)
+        h, last, saved = native.forward(plan, call, o)
         ctx.call = call
         ctx.save_for_backward(*o, saved)
         return h, last
@@ -122,7 +141,7 @@ class _Eager(Function):
         return None, None, *gradients(ctx.call, ctx.needs_input_grad[2:], tuple(o), saved, dh, dlast)
 
 
-class _Traced(Function):
+class _Traced(ReverseMode):
     """Of any tensors; the states that are kept are a result, as that is how `torch.func` sees them."""
 
     generate_vmap_rule = True
@@ -157,14 +176,14 @@ def gradients(
     if not call.keep:  # a program that was traced without a gradient is differentiated after all
         call = call._replace(keep=True)
         _, _, saved = ops.forward(call, tuple([t if t is None else t.detach() for t in o]))
-    if is_eager(o[0]) and is_eager(saved) and not records(*o, dh, dlast):
+    if is_eager(*o, saved, dh, dlast) and not records(*o, dh, dlast):
         return tuple(native.backward(call, o, saved, dh, dlast, need))
     dh = None if dh is None else dh.unflatten(2, (o[0].shape[2], -1))
     found = iter(_Backward.apply(call, need, saved, dh, dlast, *o))
     return tuple([next(found) if is_wanted else None for is_wanted in need])
 
 
-class _Backward(Function):
+class _Backward(ReverseMode):
     """The fused backward as a function of its own, whose gradient the reference gives. dh is (L, B, D, d)."""
 
     generate_vmap_rule = True
@@ -186,11 +205,11 @@ class _Backward(Function):
         wanted = [i for i, t in enumerate(given) if t is not None and ctx.needs_input_grad[3 + i]]
 
         def backward_of(*chosen: Tensor) -> tuple[Tensor, ...]:
-            dh, dlast, *o = _put(given, wanted, chosen)
+            dh, dlast, *o = put(given, wanted, chosen)
             return _reference_backward(ctx.call, ctx.need, o, dh, dlast)
 
         _, pullback = torch.func.vjp(backward_of, *(given[i] for i in wanted))
-        return None, None, None, *_put([None] * len(given), wanted, pullback(seeds))
+        return None, None, None, *put([None] * len(given), wanted, pullback(seeds))
 
 
 def _reference_backward(
@@ -200,14 +219,14 @@ def _reference_backward(
     wanted = [i for i, is_wanted in enumerate(need) if is_wanted]
 
     def of(*chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.recurrence(call, tuple(_put(o, wanted, chosen)))
+        return reference.recurrence(call, tuple(put(o, wanted, chosen)))
 
     (h, last), pullback = torch.func.vjp(of, *(o[i] for i in wanted))
     seeds = torch.zeros_like(h) if dh is None else dh, torch.zeros_like(last) if dlast is None else dlast
     return pullback(seeds)  # type: ignore[no-any-return]
 
 
-def _put(values: Sequence[Any], at: Sequence[int], chosen: Sequence[Any]) -> list[Any]:
+def put(values: Sequence[Any], at: Sequence[int], chosen: Sequence[Any]) -> list[Any]:
     """`values` with others at some places."""
     found = list(values)
     for i, value in zip(at, chosen):

@@ -13,6 +13,7 @@ from torch import Tensor
 import sru_rt
 
 from ... import spec
+from ...errors import ArgumentError
 from ...own import OwnCell
 from .library import Recompute
 
@@ -75,6 +76,8 @@ def own_cell(
     Returns:
         h (L, B, D*d) and the last state (D, B, d), a tuple if there are several.
     """
+    if not isinstance(cell, OwnCell):
+        raise ArgumentError(f"own_cell: cell must be what sru_rt.cell made (got {type(cell).__name__})")
     return _own_cell(cell.text, x, weight, params, c0, recompute=recompute, **options)  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,13 @@ def size(check: Check, name: str, value: Any) -> int:
     return value
 
 
+def flag(check: Check, name: str, value: Any) -> bool:
+    """A bool, of Python or NumPy, or 0 or 1."""
+    if isinstance(value, (bool, int, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise check.error(name, f"must be True or False (got {value!r})")
+
+
 def probability(check: Check, name: str, value: Any, less_than_one: bool = False) -> float:
     number = check.number(name, value)
     if not 0 <= number <= 1 or (less_than_one and number == 1):
@@ -34,25 +42,10 @@ def probability(check: Check, name: str, value: Any, less_than_one: bool = False
     return number
 
 
-def memory_policy(check: Check, recompute: Any) -> bool | int | str:
-    """`recompute`, if it is a bool, a number of steps, or "x"."""
-    if isinstance(recompute, str) and recompute == "x":
-        return recompute
-    if not isinstance(recompute, (bool, int)) or (recompute is not False and recompute < 1):
-        problem = f"must be False, True, a number K >= 1 of steps between kept states, or 'x' (got {recompute!r})"
-        raise check.error("recompute", problem)
-    return recompute
-
-
 def floating(check: Check, dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     check.choice("dtype", dtype, DTYPES)
     return dtype
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of the state beside x of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tensor(check: Check, name: str, value: Any, device: torch.device, origin: str = "the module") -> Tensor:
@@ -60,12 +53,21 @@ def tensor(check: Check, name: str, value: Any, device: torch.device, origin: st
     if not isinstance(value, Tensor):
         got = type(value).__name__
         raise LibraryError(f"{check.function}: {name} must be a torch.Tensor (got {got}); pass torch.as_tensor({name})")
+    dense(check.function, name, value)
     if value.device != device:
         raise LibraryError(
             f"{check.function}: {name} is on {value.device}, but {origin} is on {device}; move it with "
             f"{name}.to({str(device)!r})"
         )
     return value
+
+
+def dense(function: str, name: str, value: Tensor) -> None:
+    """Raises unless a tensor is one block of memory with strides."""
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        way = "torch.nested.to_padded_tensor, and lengths" if value.is_nested else f"{name}.to_dense()"
+        raise LibraryError(f"{function}: {name} is {kind}; it must be a dense tensor: pass {way}")
 
 
 def shape(check: Check, name: str, value: Tensor, letters: str, sizes: Sequence[Any], why: str) -> None:
@@ -95,7 +97,10 @@ def lengths(check: Check, value: Any, L: Any, B: Any, device: torch.device) -> T
         value = _of_list(check, value)
     if not isinstance(value, Tensor):
         got = type(value).__name__
-        raise LibraryError(f"{check.function}: lengths must be a tensor or a list of integers (got {got})")
+        raise LibraryError(
+            f"{check.function}: lengths must be a tensor or a list of integers (got {got}); pass "
+            "torch.as_tensor(lengths)"
+        )
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         problem = f"lengths has dtype {value.dtype}; it needs an integer dtype: convert it with lengths.long()"
         raise DtypeError(f"{check.function}: {problem}")
@@ -110,6 +115,6 @@ def lengths(check: Check, value: Any, L: Any, B: Any, device: torch.device) -> T
 
 def _of_list(check: Check, value: Sequence[Any]) -> Tensor:
     try:
-        return torch.tensor(value) if len(value) else torch.zeros(0, dtype=torch.int64)
+        return torch.tensor(value, device="cpu") if len(value) else torch.zeros(0, dtype=torch.int64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise check.error("lengths", f"must be a tensor or a list of integers (got {value!r})") from None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ...errors import ArgumentError
 from . import autograd, native, ops
@@ -73,9 +72,14 @@ def every(recompute: bool | int | str) -> int:
 
 def check_recompute(function: str, value: Any) -> bool | int | str:
     """`value`, if it is a policy of what the backward computes again."""
-    if (isinstance(value, (bool, int)) and value >= 0) or value == "x":
-        return value  # type: ignore[no-any-return]
-    raise ArgumentError(f"{function}: recompute must be False, True, a number K >= 1 of steps, or 'x' (got {value!r})")
+    if isinstance(value, bool) or (isinstance(value, str) and value == "x"):
+        return value
+    if isinstance(value, (int, torch.SymInt)) and int(value) >= 1:  # a compiler may leave open what a number is
+        return int(value)
+    raise ArgumentError(
+        f"{function}: recompute must be False, True, a number K >= 1 of steps between kept states, or 'x' "
+        f"(got {value!r})"
+    )
 
 
 def _forming_u_again(
@@ -98,7 +102,7 @@ def _forming_u_again(
     return h, last
 
 
-class _Layer(Function):
+class _Layer(autograd.ReverseMode):
     """A layer that keeps x for its backward and not U."""
 
     generate_vmap_rule = True
@@ -106,8 +110,8 @@ class _Layer(Function):
     @staticmethod
     def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
-        if autograd.is_eager(o[0]):
-            h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), o)
+        if autograd.is_eager(*o):
+            h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), call, o)
             return h, last, last.new_empty(0) if saved is None else saved
         h, last, saved = ops.forward(call, o)
         return h.flatten(2), last, saved
@@ -125,10 +129,19 @@ class _Layer(Function):
         factors, others = rest[: ctx.n], rest[ctx.n :]
         if dh is None and dlast is None:
             return (None,) * (4 + len(rest))
-        u, pullback = torch.func.vjp(lambda x, *factors: _u(ctx.window, x, factors, others), x, *factors)
-        need = (True, *ctx.needs_input_grad[4 + ctx.n :])
-        du, *gradients = autograd.gradients(ctx.call, need, (u.contiguous(), *others), saved, dh, dlast)
-        return None, None, None, *pullback(du), *gradients
+        given, needs = (x, *factors), ctx.needs_input_grad[3:]
+        wanted = [i for i, _ in enumerate(given) if needs[i]]
+
+        def u_of(*chosen: Tensor) -> Tensor:
+            x, *factors = autograd.put(given, wanted, chosen)
+            return _u(ctx.window, x, factors, others)
+
+        with without_autocast(x.device.type):
+            u, pullback = torch.func.vjp(u_of, *(given[i] for i in wanted)) if wanted else (u_of(), None)
+            need = (bool(wanted), *needs[1 + ctx.n :])
+            du, *gradients = autograd.gradients(ctx.call, need, (u.contiguous(), *others), saved, dh, dlast)
+            of_given = autograd.put([None] * len(given), wanted, pullback(du) if wanted else ())  # type: ignore[misc]
+        return None, None, None, *of_given, *gradients
 
 
 def _u(window: int, x: Tensor, factors: Sequence[Tensor], others: Sequence[Any]) -> Tensor:

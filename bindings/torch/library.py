@@ -17,7 +17,7 @@ from ...cell import Cell
 from ...errors import ArgumentError, LibraryError
 from ...inputs import Input
 from ...options import Options
-from . import autograd
+from . import autograd, given
 from .layer import check_recompute, every, layer
 from .projection import as_autocast
 
@@ -53,10 +53,7 @@ class PyTorch:
             got = "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
             way = "pass one" if value is None else f"pass torch.as_tensor({name}, device={str(self._device)!r})"
             raise LibraryError(f"{function}: {name} must be a tensor, as {origin} is (got {got}); {way}")
-        if value.layout != torch.strided or value.is_nested:
-            kind = "nested" if value.is_nested else str(value.layout)
-            way = "torch.nested.to_padded_tensor, and lengths=" if value.is_nested else f"{name}.to_dense()"
-            raise LibraryError(f"{function}: {name} is {kind}; it must be a dense tensor: pass {way}")
+        given.dense(function, name, value)
         if value.device != self._device:
             way = f"pass {name}.to({str(self._device)!r})"
             raise LibraryError(
@@ -116,7 +113,7 @@ def run(
     lengths, mask, reset = flags
     text, n = spec.text_of(cell), len(cell.state)
     own = [arrays[a.name] for a in cell.arrays if a.kind not in ("gates", "state")]
-    given: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "lengths": lengths,
         "mask": mask,
         "reset": reset,
@@ -126,10 +123,10 @@ def run(
     state = c0[0] if n == 1 else _stacked(c0)
     if projected:
         window, x, factors = projected.window, projected.x, projected.factors
-        h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **given)
+        h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **shared)
     else:
         (u,) = (arrays[a.name] for a in cell.arrays if a.kind == "gates")
-        h, last = autograd.recurrence(text, u, own, state, every=every(recompute), **given)
+        h, last = autograd.recurrence(text, u, own, state, every=every(recompute), **shared)
     return h, last if n == 1 else tuple(last)
 
 

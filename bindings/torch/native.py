@@ -46,6 +46,11 @@ class Call(NamedTuple):
     time_parallel: str = "auto"  # or "True", "False"
     keep: bool = True
 
+    @property
+    def plan(self) -> Hashable:
+        """What a plan depends on: of constants, how many there are."""
+        return self.cell, len(self.constants), self.every, self.time_parallel, self.keep
+
 
 class Plan(NamedTuple):
     """A pass for operands of one layout."""
@@ -54,9 +59,9 @@ class Plan(NamedTuple):
     results: Sequence[_Result]  # what is to be allocated
     gpu: torch.device | None
 
-    def run(self, *tensors: Tensor | None) -> None:
+    def run(self, constants: tuple[float, ...], *tensors: Tensor | None) -> None:
         """Runs the pass on the operands and results, in order on PyTorch's current stream."""
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        addresses = [*constants, *[0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]]
         if self.gpu is None:
             self.prepared.run(addresses)
             return
@@ -67,6 +72,17 @@ class Plan(NamedTuple):
 def _gpu(tensor: Tensor) -> torch.device | None:
     """The GPU where a tensor is, None for the host."""
     return None if tensor.is_cpu else tensor.device
+
+
+def _nowhere(tensor: Tensor) -> int:
+    """The address of a tensor without memory, if that is as it should be."""
+    if tensor.numel():
+        kind = "ZeroTensor" if tensor._is_zerotensor() else type(tensor).__name__
+        raise LibraryError(
+            f"sru_rt: a {kind} of shape {tuple(tensor.shape)} has no memory of its own for kernels to read; pass "
+            "tensors that have values, all of one kind"
+        )
+    return 0
 
 
 _Result = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype
@@ -106,23 +122,25 @@ def beside_u(call: Call, dtype: torch.dtype, given: Operands) -> Operands:
     made = []
     for a, tensor in zip(declared(cell), arrays):
         own = a.kind == "inputs" and tensor.dtype in (dtype, torch.bool)
-        has_rows = a.kind == "params" and tensor.stride(-1) == 1 and 0 not in tensor.stride()
-        made.append(_as(tensor, dtype if own else acc, contiguous=not has_rows))
+        made.append(_as(tensor, dtype if own else acc, turned=a.kind == "params"))
     return _as(c0, acc), _as(lengths, torch.int64), _as(mask, torch.bool), _as(reset, torch.bool), *made
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype, contiguous: bool = True) -> Any:
+def _as(tensor: Tensor | None, dtype: torch.dtype, turned: bool = False) -> Any:
+    """A tensor in a dtype, contiguous, or with the first two axes `turned` if it is contiguous so.
+
+    It is dense in either case, so that memory for its gradient can be laid out alike.
+    """
     if tensor is None:
         return None
     tensor = tensor.to(dtype).resolve_neg()
-    return tensor.contiguous() if contiguous else tensor
+    tensor = tensor.clone() if tensor._is_zerotensor() else tensor  # which has no memory
+    return tensor if turned and tensor.transpose(0, 1).is_contiguous() else tensor.contiguous()
 
 
 def layout(*tensors: Tensor | None) -> Hashable:
     """All that a plan depends on but the call. Tensors with the layout of operands are operands."""
-    return tuple(
-        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_neg()) for t in tensors]  # in a hurry
-    )
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_neg()) for t in tensors])
 
 
 def check(call: Call, cell: Cell, o: Operands) -> Check:
@@ -173,18 +191,18 @@ def kept(call: Call, L: Any) -> Any:
 
 def forward_plan(call: Call, given: Operands) -> Plan | None:
     """The plan for tensors that are operands, if such have been met before."""
-    return _plans.get((call, layout(*given)))
+    return _plans.get((call.plan, layout(*given)))
 
 
 def make_forward_plan(call: Call, o: Operands) -> Plan:
     """The plan for operands."""
-    return _remember((call, layout(*o)), _Sizes(call, o).forward())
+    return _remember((call.plan, layout(*o)), _Sizes(call, o).forward())
 
 
-def forward(plan: Plan, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(plan: Plan, call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are."""
     h, last, saved, *_ = made = _allocate(o[0], plan.results)
-    plan.run(*o, *made)
+    plan.run(call.constants, *o, *made)
     return h, last, saved  # type: ignore[return-value]
 
 
@@ -192,17 +210,17 @@ def backward(
     call: Call, o: Operands, saved: Tensor, dh: Tensor | None, dlast: Tensor | None, need: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients of the operands, None of those that `need` leaves out. dh is (L, B, D*d)."""
-    key = (call, layout(*o, saved, dh, dlast), need)
+    key = (call.plan, layout(*o, saved, dh, dlast), need)
     plan = _plans.get(key)
     if plan is None:
         u = o[0]
         dh = u.new_zeros(shape_of_h(u)) if dh is None else _as(dh, u.dtype)
         dlast, saved = _as(dlast, state_dtype(u.dtype)), saved.contiguous()
-        key = (call, layout(*o, saved, dh, dlast), need)
+        key = (call.plan, layout(*o, saved, dh, dlast), need)
         plan = _plans.get(key) or _remember(key, _Sizes(call, o).backward(saved, dh, dlast, need))  # type: ignore[arg-type]
     made = _allocate(o[0], plan.results)
     found = gradients_like(o, need)
-    plan.run(*o, saved, dh, dlast, *found, *made)
+    plan.run(call.constants, *o, saved, dh, dlast, *found, *made)
     found[1] = made[0] if need[1] else None
     return found
 
@@ -247,7 +265,7 @@ class _Sizes:
             (shape_of_state(cell, self.kept, B, D, d), self.acc) if self.call.keep else None,
             *self._carry(self.forward_chunk),
         ]
-        at = [place(i) for i in range(len(self.o) + len(results))]
+        at = self._places(len(self.o) + len(results))
         h, c_last, saved = at[len(self.o) :][:3]
         arguments = abi.Forward(
             given=self._given(at, self.forward_chunk),
@@ -273,7 +291,7 @@ class _Sizes:
             *self._carry(chunk),
         ]
         n = len(self.o)
-        at = [place(i) for i in range(2 * n + 3 + len(results))]
+        at = self._places(2 * n + 3 + len(results))
         p_saved, p_dh, p_dlast = at[n : n + 3]
         wanted = [p if needed else 0 for p, needed in zip(at[n + 3 :], need)]
         dc0, partial, states = at[2 * n + 3 :][:3]
@@ -293,6 +311,11 @@ class _Sizes:
             saved_chunk=self.forward_chunk,
         )
         return Plan(Prepared(self.variant, arguments, self.device), results, self.gpu)
+
+    def _places(self, n: int) -> list[int]:
+        """Of operands and results; constants come before them."""
+        first = len(self.call.constants)
+        return [place(first + i) for i in range(n)]
 
     def _wide(self) -> int:
         """Bit i says that input i of every step is in the dtype of the state."""
@@ -340,7 +363,7 @@ class _Sizes:
             per_sequence=slots["per_sequence"],
             params=slots["params"],
             c0=self._each(c0, self.D * self.B * self.d),
-            constants=self.call.constants,
+            constants=[place(i) for i in range(len(self.call.constants))],  # they are given at each run
             chunk=chunk,
             carry=at[-1] if chunk else 0,
         )

@@ -13,6 +13,7 @@ from ...check import Check
 from ...errors import LibraryError, ShapeError
 from ...own import OwnCell
 from . import given
+from .native import state_dtype
 from .parameters import Recipe
 from .sequences import Sequences
 from .stack import Stack
@@ -152,7 +153,7 @@ class RNN(Stack):
     def _value(self, check: Check, seqs: Sequences, name: str, kind: str, value: Any) -> Tensor:
         D, d = self.num_directions, self.hidden_size
         L, B = seqs.x.shape[:2]
-        wide = given.state_dtype(seqs.x.dtype)
+        wide = state_dtype(seqs.x.dtype)
         if kind == "inputs":
             value = seqs.of_tokens(check, name, value, "D*d", (D * d,)).reshape(L, B, D, d)
             given.dtype(check, name, value, (seqs.x.dtype, wide))

@@ -25,9 +25,9 @@ def unpack(packed: PackedSequence) -> tuple[Tensor, Tensor, Packing]:
     """
     data, sizes = packed.data, packed.batch_sizes  # sizes are on the host
     L, B = len(sizes), int(sizes[0])
-    t = torch.repeat_interleave(torch.arange(L), sizes, output_size=len(data))
-    place = torch.arange(len(data)) - (sizes.cumsum(0) - sizes)[t]  # among the sequences as sorted
-    lengths = (torch.arange(B)[:, None] < sizes).sum(1)
+    t = torch.repeat_interleave(torch.arange(L, device=sizes.device), sizes, output_size=len(data))
+    place = torch.arange(len(data), device=sizes.device) - (sizes.cumsum(0) - sizes)[t]  # among the sequences as sorted
+    lengths = (torch.arange(B, device=sizes.device)[:, None] < sizes).sum(1)
     t, place, lengths = (made.to(data.device, non_blocking=True) for made in (t, place, lengths))
     if packed.sorted_indices is not None:
         place, lengths = packed.sorted_indices[place], lengths[packed.unsorted_indices]

@@ -15,6 +15,7 @@ from ... import spec
 from ...cell import Cell
 from ...check import Check
 from . import given
+from .layer import check_recompute
 
 
 class Recipe(NamedTuple):
@@ -62,7 +63,7 @@ class Parameters(nn.Module):
             check.choice(name, value, (True, False))
         check.choice("time_parallel", time_parallel, ("auto", True, False))
         self.batch_first, self.bidirectional = bool(batch_first), bool(bidirectional)
-        self.recompute = given.memory_policy(check, recompute)
+        self.recompute = check_recompute(check.function, recompute)
         self.time_parallel = time_parallel
         self.num_directions = 2 if bidirectional else 1
         if dropout and num_layers == 1:

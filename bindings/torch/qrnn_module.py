@@ -99,7 +99,7 @@ class QRNN(Stack):
         check.choice("bias", bias, (True, False))
         check.choice("pooling", pooling, tuple(POOLINGS))
         check.choice("highway", highway, (True, False))
-        check.choice("project_skip", project_skip, ("auto", True, False))
+        project_skip = check.choice("project_skip", project_skip, ("auto", True, False))
         if highway and pooling == "f":
             raise check.error(
                 "highway", "is True, but pooling='f' has no output gate to mix a skip in; use 'fo' or 'ifo'"

@@ -16,7 +16,7 @@ from ...check import Check
 from ...errors import ShapeError
 from . import given, sru_given
 from .autograd import recurrence
-from .layer import layer
+from .layer import check_recompute, every, layer
 from .projection import without_padding
 
 
@@ -55,8 +55,8 @@ class SRUCell(nn.Module):
         weight_c_init: v is uniform up to this magnitude; None: with variance 1/2.
         activation: g, "identity", "tanh" or "relu".
         project_skip: "auto", as above; True: the skip is u3 wherever there is one; False: x, or an error.
-        recompute: False keeps the state of every step for the backward; K >= 1 the state every K steps, and the rest
-            is computed again; "x" every 32 steps, and U is computed again, too.
+        recompute: False keeps the state of every step for the backward; K >= 1 the state every K steps (True: 32), and
+            the rest is computed again; "x" every 32 steps, and U is computed again, too.
         device, dtype: of the parameters; float16, bfloat16, float32 or float64.
 
     Parameters: `weight` (input_size or p, D*d*k), its columns counting (D, d, k); `weight_proj` (input_size, p) if
@@ -105,20 +105,25 @@ class SRUCell(nn.Module):
         check = Check("SRUCell")
         self.input_size = given.size(check, "input_size", input_size)
         self.hidden_size = given.size(check, "hidden_size", hidden_size)
-        self.bidirectional = bool(bidirectional)
-        self.num_directions = 2 if bidirectional else 1
+        self.bidirectional = given.flag(check, "bidirectional", bidirectional)
+        self.num_directions = 2 if self.bidirectional else 1
         self.output_size = hidden_size * self.num_directions
         self.dropout = given.probability(check, "dropout", dropout, less_than_one=True)
         self.rnn_dropout = given.probability(check, "rnn_dropout", rnn_dropout, less_than_one=True)
         self.highway_bias = check.number("highway_bias", highway_bias)
-        self.has_skip_term, self.rescale, self.v1 = bool(has_skip_term), bool(rescale), bool(v1)
-        self.normalize_after, self.amp_recurrence_fp16 = bool(normalize_after), bool(amp_recurrence_fp16)
+        if abs(self.highway_bias) > 100:  # exp of more than 700 is infinite
+            raise check.error("highway_bias", f"must be from -100 to 100 (got {highway_bias!r})")
+        self.has_skip_term = given.flag(check, "has_skip_term", has_skip_term)
+        self.rescale, self.v1 = given.flag(check, "rescale", rescale), given.flag(check, "v1", v1)
+        self.normalize_after = given.flag(check, "normalize_after", normalize_after)
+        self.amp_recurrence_fp16 = given.flag(check, "amp_recurrence_fp16", amp_recurrence_fp16)
+        layer_norm = given.flag(check, "layer_norm", layer_norm)
         self.weight_c_init = None if weight_c_init is None else check.number("weight_c_init", weight_c_init)
         self.activation = sru_given.activation(check, activation, use_tanh)
         sizes = self.input_size, self.output_size
         self.num_matrices = 4 if sru_given.projects_skip(check, project_skip, self.has_skip_term, *sizes) else 3
         self.projection_size = sru_given.effective_projection(check, n_proj, *sizes)
-        self.recompute = given.memory_policy(check, recompute)
+        self.recompute = check_recompute(check.function, recompute)
         if custom_m is not None and not isinstance(custom_m, nn.Module):
             raise check.error("custom_m", f"must be a torch.nn.Module (got {type(custom_m).__name__})")
         if custom_m is not None and recompute == "x":
@@ -201,10 +206,11 @@ class SRUCell(nn.Module):
             input: x (L, B, input_size), or (B, input_size) for one step, in the dtype of the parameters (any floating
                 dtype but float64 under autocast).
             c0: (B, D*d), the state before the first step (of the reverse direction: after the last); zeros if None.
-            mask_pad: (L, B), what is not 0 is padding: h is 0 there and the state is carried.
+            mask_pad: (L, B), or (B,) for one step, what is not 0 is padding: h is 0 there and the state is carried.
             lengths: (B,) integers from 0 to L; later steps are padding, and the reverse direction starts at the last
                 step of each sequence.
-            reset: (L, B), True: the state is 0 before this step, in the reverse direction after the step before it.
+            reset: (L, B), or (B,) for one step, True: the state is 0 before this step, in the reverse direction after
+                the step before it.
 
         Returns:
             h (L, B, D*d), or (B, D*d) for one step, in the dtype of U; c (B, D*d), the last state, which can be given
@@ -219,8 +225,8 @@ class SRUCell(nn.Module):
         if c0 is not None:
             c0 = sru_given.state(check, c0, "B D*d", (B, self.output_size), x)
             c0 = self._by_direction(c0, B)
-        if one_step and isinstance(mask_pad, Tensor):
-            mask_pad = mask_pad.reshape(1, -1)
+        if one_step:
+            mask_pad, reset = (f.reshape(1, -1) if isinstance(f, Tensor) else f for f in (mask_pad, reset))
         layout = {
             "lengths": given.lengths(check, lengths, L, B, x.device),
             "mask": sru_given.flags(check, "mask_pad", mask_pad, "L B", (L, B), x.device),
@@ -257,7 +263,7 @@ class SRUCell(nn.Module):
         if self.recompute == "x":
             return layer(text, seen, self._factors(), arrays, c0, recompute="x", **layout)
         u = self._gates(seen, one_step) if u is None else u
-        return recurrence(text, u, arrays, c0, **layout, every=int(self.recompute) or 1)
+        return recurrence(text, u, arrays, c0, **layout, every=every(self.recompute))
 
     def _by_direction(self, tensor: Tensor, n: Any) -> Tensor:
         """(n*D*d,) or (n, D*d) -> (D, n, d), without a copy."""

@@ -16,7 +16,7 @@ from . import given
 
 def projects_skip(check: Check, project_skip: Any, has_skip_term: bool, input_size: int, output_size: int) -> bool:
     """Whether the skip has a matrix of its own."""
-    check.choice("project_skip", project_skip, ("auto", True, False))
+    project_skip = check.choice("project_skip", project_skip, ("auto", True, False))
     differ = input_size != output_size
     if project_skip is True and not has_skip_term:
         raise check.error("project_skip", "is True, but has_skip_term=False; leave one of them out")

@@ -84,12 +84,14 @@ class SRU(nn.Module):
         self.input_size = given.size(check, "input_size", input_size)
         self.hidden_size = given.size(check, "hidden_size", hidden_size)
         self.num_layers = given.size(check, "num_layers", num_layers)
-        self.bidirectional, self.num_directions = bool(bidirectional), 2 if bidirectional else 1
+        self.bidirectional = given.flag(check, "bidirectional", bidirectional)
+        self.num_directions = 2 if self.bidirectional else 1
         self.output_size = hidden_size * self.num_directions
         self.dropout = given.probability(check, "dropout", dropout, less_than_one=True)
         self.rnn_dropout = given.probability(check, "rnn_dropout", rnn_dropout, less_than_one=True)
         self.projection_size, self.use_layer_norm = projection_size, bool(layer_norm)
-        self.has_skip_term, self.batch_first = bool(has_skip_term), bool(batch_first)
+        self.has_skip_term = given.flag(check, "has_skip_term", has_skip_term)
+        self.batch_first = given.flag(check, "batch_first", batch_first)
         self.nn_rnn_compatible_return = bool(nn_rnn_compatible_return)
         _warn_of_deprecated(rnn_dropout, use_tanh)
         self.input_to_hidden = None

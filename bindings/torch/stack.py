@@ -14,6 +14,7 @@ from ...check import Check
 from ...errors import ArgumentError
 from . import given
 from .layer import layer
+from .native import state_dtype
 from .parameters import Parameters, Recipe
 from .sequences import Layout, Sequences, sequences, tokens
 from .states import of_layers, together
@@ -79,8 +80,9 @@ class Stack(Parameters):
         """
         check = self._check("initial_step_state")
         self._check_steps(check)
+        batch_size = given.size(check, "batch_size", batch_size)
         first = self._weight(0)[0]
-        dtype = given.state_dtype(first.dtype)
+        dtype = state_dtype(first.dtype)
         made = [
             first.new_zeros(self.num_layers, batch_size, self.hidden_size, dtype=dtype)
             for _ in range(self._recipes[0].states)
@@ -176,8 +178,9 @@ def _in_dtype(check: Check, x: Tensor, needed: torch.dtype) -> Tensor:
     """x in the dtype of autocast where that is on, else checked to be in that of the parameters."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+    if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, needed):
         return x.to(torch.get_autocast_dtype(kind))
     if x.dtype != needed:
-        given.dtype(check, "input", x, (needed,), f", or the module with .to({x.dtype})")
+        way = f", or the module with .to({x.dtype})" if x.is_floating_point() else ""
+        given.dtype(check, "input", x, (needed,), way)
     return x

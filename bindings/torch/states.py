@@ -15,6 +15,7 @@ from torch import Tensor
 from ...check import Check
 from ...errors import LibraryError
 from . import given
+from .native import state_dtype
 
 
 def of_layers(
@@ -28,7 +29,7 @@ def of_layers(
         got = f"{len(state)} of them" if isinstance(state, (tuple, list)) else type(state).__name__
         raise LibraryError(f"{check.function}: {name} must be a tuple of {n} tensors, one for each state (got {got})")
     named = [(name, state)] if n == 1 else [(f"{name}[{i}]", one) for i, one in enumerate(state)]
-    wide = given.state_dtype(x.dtype)
+    wide = state_dtype(x.dtype)
     for one, tensor in named:
         given.tensor(check, one, tensor, x.device, "input")
         why = "num_layers, directions and hidden_size of the module, and B of input"
