@@ -142,7 +142,7 @@ def test_functions_compiled(name, recompute):
         same(compiled(**given), two_of_them(**given), 1e-10)
 
 
-@pytest.mark.parametrize(("name", "recompute"), zip(NAMES, [False, "x", 3, True, "x"]))
+@pytest.mark.parametrize(("name", "recompute"), [*zip(NAMES, [False, "x", 3, True, "x"])])
 def test_one_compiled_module_for_all_sizes(name, recompute):
     module = made(name, recompute, num_layers=1)
     counter = CompileCounterWithBackend("aot_eager")
