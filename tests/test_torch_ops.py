@@ -21,6 +21,7 @@ from problems import (
     LAYOUTS,
     SMOOTH_ROWS,
     Problem,
+    all_rows,
     away_from_kinks,
     compare,
     covering,
@@ -63,7 +64,7 @@ def of_leaves(function: Any, given: dict[str, Any], **options: Any) -> tuple[Any
 # ----------------------------------------------------------------------------------------------------------------------
 # What PyTorch checks of an operator: its schema, its gradient, its results without values, and that it can be traced
 
-CHECKED = [row for cell in CELLS.values() for row in covering(cell, 1)]
+CHECKED = [row for cell in CELLS.values() for row in covering(all_rows(cell), [(name,) for name in cell.factors])]
 
 
 def check_operators(calls: list[tuple[Any, tuple[Any, ...]]], twice: bool = False) -> None:
