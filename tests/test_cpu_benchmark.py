@@ -1,4 +1,4 @@
-"""benchmarks/cpu.py: every cell has its rows, and what differs from float64 has no speed."""
+"""The benchmarks on the CPU: every cell has its rows, and what differs from float64 has no speed."""
 
 from __future__ import annotations
 
@@ -65,3 +65,16 @@ def test_a_run_and_its_summary(tmp_path: Path) -> None:
     backward = next(row for row in rows if row["label"] == "recurrence of minLSTM, backward")
     line = next(line for line in lines if line.startswith("| recurrence of minLSTM, backward: of copy, 32 B/element |"))
     assert f"| {backward['value']:.2f}" in line
+
+
+@pytest.mark.slow
+def test_a_run_with_pytorch(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch")
+    command = [sys.executable, str(SCRIPT.with_name("torch_layers.py")), "--quick", "--shapes", "8,3,20"]
+    result = subprocess.run([*command, "--out", "x.json"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "x.json").read_text())
+    ours = [row for row in report["rows"] if row["label"].startswith("SRUCell")]
+    assert [row["fault"] for row in ours] == ["", ""]
+    assert all(row["value"] > 0 and row["against"].startswith("products") for row in ours)
+    assert all(found["min_us"] > 0 for found in report["operator"].values())
