@@ -75,14 +75,23 @@ def place(request, monkeypatch, kernel_cache):
 
 @pytest.fixture
 def poisoned_tensors(monkeypatch):
-    """Tensors of the binding for PyTorch are filled with NaN before they are written."""
-    from sru_rt.bindings.torch import native
+    """Tensors of the binding for PyTorch are filled with NaN before they are written, and nothing beyond their ends."""
+    from sru_rt.bindings.torch import autograd, native
+
+    margins, margin = [], 64
+
+    def poisoned(tensor):
+        if not autograd.is_eager(tensor):  # it has no values, or none of its own
+            return tensor.fill_(np.nan)
+        memory = tensor.new_full((tensor.numel() + 2 * margin,), np.nan)
+        margins.extend((memory[:margin], memory[-margin:]))
+        return tensor.set_(memory.untyped_storage(), margin, tensor.shape)
 
     allocate, empty_like = native._allocate, native._empty_like
-    monkeypatch.setattr(
-        native, "_allocate", lambda *args: [t if t is None else t.fill_(np.nan) for t in allocate(*args)]
-    )
-    monkeypatch.setattr(native, "_empty_like", lambda tensor: empty_like(tensor).fill_(np.nan))
+    monkeypatch.setattr(native, "_allocate", lambda *args: [t if t is None else poisoned(t) for t in allocate(*args)])
+    monkeypatch.setattr(native, "_empty_like", lambda tensor: poisoned(empty_like(tensor)))
+    yield
+    assert all(one.isnan().all() for one in margins), "something was written beyond the ends of a tensor"
 
 
 @pytest.fixture
