@@ -31,7 +31,8 @@ from problems import (
 from test_torch_functions import two_state_problem, two_states
 from torch_tools import Recorder, array, differentiable, flat, operators, seed, tensor, torch
 
-pytestmark = pytest.mark.usefixtures("poisoned_tensors", "new_plans")
+pytestmark = pytest.mark.usefixtures("new_plans")
+poisoned = pytest.mark.usefixtures("poisoned_tensors")  # but where PyTorch looks at the memory of results
 
 # L, B, d: odd ones, a single step
 SMALL_SIZES = [(3, 2, 3), (4, 1, 5), (1, 2, 2), (2, 3, 1)]
@@ -117,6 +118,7 @@ def test_operator_that_keeps_nothing():
 
 
 @pytest.mark.parametrize("row", matrix(SMOOTH_ROWS, every=4), ids=name_of)
+@poisoned
 def test_gradients_by_finite_differences(row):
     """Of the first order and the second, with every policy."""
     n = SMOOTH_ROWS.index(row)
@@ -130,12 +132,14 @@ def test_gradients_by_finite_differences(row):
 
 
 @pytest.mark.parametrize("recompute", [False, 2, "x"])
+@poisoned
 def test_gradients_of_an_own_cell_by_finite_differences(recompute):
     function, leaves = of_leaves(binding.own_cell, own_problem() | {"cell": two_states}, recompute=recompute)
     assert gradcheck(function, leaves, fast_mode=True)
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
+@poisoned
 def test_gradients_without_steps():
     """The last state is the first one, through the gradient of the gradient, too."""
     problem = Problem.make(FULL["sru"] | {"dtype": "float64"}, (0, 2, 2), 2, "plain", state=True)
@@ -157,6 +161,7 @@ def penalties(function: Any, *given: Any) -> list[Any]:
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("name", FULL)
+@poisoned
 def test_gradient_penalty(name, traced):
     """As by PyTorch's own gradient of the same recurrence as a loop, where the gradient of h does not need one."""
     problem = Problem.make(FULL[name] | {"dtype": "float64"}, (4, 2, 3), 2, "all", state=True)
@@ -234,6 +239,7 @@ def slices(tensors: dict[str, Any], dims: dict[str, int], i: int) -> dict[str, A
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@poisoned
 def test_vmap_is_a_loop(batch):
     dims, n = BATCHES[batch], 3
     given = stacked(vmap_problem(), dims, n, np.random.default_rng(0))
@@ -248,6 +254,7 @@ def test_vmap_is_a_loop(batch):
 
 @pytest.mark.parametrize("inner", ["parameters", "lengths"])
 @pytest.mark.parametrize("outer", ["u", "mask and reset"])
+@poisoned
 def test_vmap_of_vmap_is_a_loop_of_loops(outer, inner):
     rng = np.random.default_rng(1)
     given = stacked(stacked(vmap_problem(), BATCHES[inner], 2, rng), dict.fromkeys(BATCHES[outer], 0), 3, rng)
@@ -314,6 +321,7 @@ GPU_CASES = [
 @pytest.mark.kernels
 @pytest.mark.parametrize("time_parallel", [False, True])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: "-".join(map(str, (case[0], case[2], *case[5:]))))
+@poisoned
 def test_on_a_gpu(case, time_parallel, place, device, monkeypatch):
     name, options, dtype, size, D, layout, every, plan = case
     Way(plan if time_parallel else "").go(monkeypatch)
@@ -327,6 +335,7 @@ def test_on_a_gpu(case, time_parallel, place, device, monkeypatch):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("every", [1, 3])
+@poisoned
 def test_own_cell_on_a_gpu(every, device):
     leaves = own_problem()
     host = flat(leaves)
