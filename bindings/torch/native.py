@@ -85,7 +85,7 @@ def _nowhere(tensor: Tensor) -> int:
     return 0
 
 
-_Result = tuple[tuple[int, ...], torch.dtype] | None  # shape and dtype
+_Result = tuple[tuple[int, ...], torch.dtype | None] | None  # shape, and dtype if it is another one than U's
 
 _plans: dict[Hashable, Plan] = {}
 
@@ -122,20 +122,17 @@ def beside_u(call: Call, dtype: torch.dtype, given: Operands) -> Operands:
     made = []
     for a, tensor in zip(declared(cell), arrays):
         own = a.kind == "inputs" and tensor.dtype in (dtype, torch.bool)
-        made.append(_as(tensor, dtype if own else acc, turned=a.kind == "params"))
+        made.append(_as(tensor, dtype if own else acc, rows=a.kind == "params"))
     return _as(c0, acc), _as(lengths, torch.int64), _as(mask, torch.bool), _as(reset, torch.bool), *made
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype, turned: bool = False) -> Any:
-    """A tensor in a dtype, contiguous, or with the first two axes `turned` if it is contiguous so.
-
-    It is dense in either case, so that memory for its gradient can be laid out alike.
-    """
+def _as(tensor: Tensor | None, dtype: torch.dtype, rows: bool = False) -> Any:
+    """A tensor in a dtype, contiguous; of one that is read by `rows` these are enough."""
     if tensor is None:
         return None
     tensor = tensor.to(dtype).resolve_neg()
     tensor = tensor.clone() if tensor._is_zerotensor() else tensor  # which has no memory
-    return tensor if turned and tensor.transpose(0, 1).is_contiguous() else tensor.contiguous()
+    return tensor if rows and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def layout(*tensors: Tensor | None) -> Hashable:
@@ -250,6 +247,7 @@ class _Sizes:
         self.call, self.o, self.cell = call, o, cell
         self.L, self.B, self.D, self.d = self.shape = tuple(sizes[axis] for axis in "LBDd")
         u = o[0]
+        self.result_dtype = None if state_dtype(u.dtype) == u.dtype else state_dtype(u.dtype)
         self.acc, self.gpu = state_dtype(u.dtype), _gpu(u)
         self.device = str(self.gpu or "cpu")
         self.variant = Variant(cell, _DTYPES[u.dtype], _DTYPES[self.acc], self._wide())
@@ -260,9 +258,9 @@ class _Sizes:
     def forward(self) -> Plan:
         cell, (L, B, D, d) = self.cell, self.shape
         results: list[_Result] = [
-            ((L, B, D * d), self.o[0].dtype),
-            (shape_of_state(cell, D, B, d), self.acc),
-            (shape_of_state(cell, self.kept, B, D, d), self.acc) if self.call.keep else None,
+            ((L, B, D * d), None),
+            (shape_of_state(cell, D, B, d), self.result_dtype),
+            (shape_of_state(cell, self.kept, B, D, d), self.result_dtype) if self.call.keep else None,
             *self._carry(self.forward_chunk),
         ]
         at = self._places(len(self.o) + len(results))
@@ -285,9 +283,9 @@ class _Sizes:
         rows = (count * min(every, chunk) if chunk else every) if scratch else 0
         sums, row = len(cell.params), d + (_ROW_PADDING if self.device == "cpu" else 0)
         results: list[_Result] = [
-            (shape_of_state(cell, D, B, d), self.acc),
-            ((count, B, D, sums + (len(cell.per_sequence) if chunk else 0), row), self.acc),
-            ((self.n, rows, B, D, d), self.acc) if scratch else None,
+            (shape_of_state(cell, D, B, d), self.result_dtype),
+            ((count, B, D, sums + (len(cell.per_sequence) if chunk else 0), row), self.result_dtype),
+            ((self.n, rows, B, D, d), self.result_dtype) if scratch else None,
             *self._carry(chunk),
         ]
         n = len(self.o)
@@ -340,7 +338,11 @@ class _Sizes:
 
     def _carry(self, chunk: int) -> list[_Result]:
         """Scratch for what chunks of time leave to each other; the last of the results."""
-        return [((chunks.count(self.L, chunk), self.n * (self.n + 1), *self.shape[1:]), self.acc)] if chunk else []
+        return (
+            [((chunks.count(self.L, chunk), self.n * (self.n + 1), *self.shape[1:]), self.result_dtype)]
+            if chunk
+            else []
+        )
 
     def _each(self, address: int, elements: int) -> list[int]:
         """The addresses of the states that follow upon each other."""
@@ -383,8 +385,11 @@ class _Sizes:
         return found
 
 
-def _allocate(like: Tensor, results: Sequence[_Result]) -> list[Any]:
-    return [None if r is None else like.new_empty(r[0], dtype=r[1]) for r in results]
+def _allocate(u: Tensor, results: Sequence[_Result]) -> list[Any]:
+    """Memory for results. To name a dtype that is U's own would cost as much again."""
+    return [
+        None if r is None else u.new_empty(r[0]) if r[1] is None else u.new_empty(r[0], dtype=r[1]) for r in results
+    ]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
