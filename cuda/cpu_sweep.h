@@ -5,9 +5,10 @@
 #include "arguments.h"
 
 // Measured, not derived: results of this size and more are written past the caches, and what is read is asked for this
-// far ahead, beyond the end of a page, where the hardware stops.
+// far ahead, beyond the end of a page, where the hardware stops. By default no size is so large: that was faster on one
+// machine, and made a large backward two to three times as slow on others.
 #ifndef SRU_STREAMING_BYTES
-#define SRU_STREAMING_BYTES (32 << 20)
+#define SRU_STREAMING_BYTES ((index_t)1 << 62)
 #endif
 constexpr index_t prefetch_bytes = 8 << 10;
 
