@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+import sru_rt
 from sru_rt import memory
 from sru_rt.errors import ArgumentError
 
@@ -95,3 +96,23 @@ def test_threads_never_share_a_block():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_large_tensors_are_in_memory_that_is_used_again(dtype):
+    """Tensors of PyTorch have it, too, and not before those that had it are gone."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    u = torch.randn(64, 32, 1, 2, 512, dtype=getattr(torch, dtype))
+    (first, _), (second, _) = sru_rt.mingru_recurrence(u), sru_rt.mingru_recurrence(-u)
+    wanted = first.clone(), second.clone()
+    assert first.data_ptr() != second.data_ptr() and not memory._free
+    leaf = u.clone().requires_grad_()
+    h, _ = sru_rt.mingru_recurrence(leaf)
+    (h * h).sum().backward()
+    assert torch.equal(first, wanted[0]) and torch.equal(second, wanted[1]) and torch.equal(h, first)
+    gradient = leaf.grad.clone()
+    del first, second, h
+    free = len(memory._free)
+    third, _ = sru_rt.mingru_recurrence(u)
+    assert len(memory._free) == free - 1
+    assert torch.equal(third, wanted[0]) and torch.equal(leaf.grad, gradient)

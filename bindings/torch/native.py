@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ... import abi, chunks, launch, spec
+from ... import abi, chunks, launch, memory, spec
 from ...cell import Array, Cell
 from ...check import Check
 from ...dtypes import IO_DTYPES
@@ -31,6 +33,7 @@ ARRAYS = 5  # where the arrays begin among the operands
 _DTYPES = {getattr(torch, name): name for name in IO_DTYPES}
 _ROW_PADDING = 80  # so that rows of partial sums do not all begin at the same place of a page
 _MOST_PLANS = 4096
+_LARGE = 1 << 20  # bytes from which on memory is the core's
 
 
 class Call(NamedTuple):
@@ -56,7 +59,7 @@ class Plan(NamedTuple):
     """A pass for operands of one layout."""
 
     prepared: Prepared
-    results: Sequence[_Result]  # what is to be allocated
+    results: Sequence[_Result | None]
     gpu: torch.device | None
 
     def run(self, constants: tuple[float, ...], *tensors: Tensor | None) -> None:
@@ -85,7 +88,13 @@ def _nowhere(tensor: Tensor) -> int:
     return 0
 
 
-_Result = tuple[tuple[int, ...], torch.dtype | None] | None  # shape, and dtype if it is another one than U's
+class _Result(NamedTuple):
+    """A tensor to allocate for a call."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None for that of U: to name it would cost as much again
+    is_large: bool  # and on the host
+
 
 _plans: dict[Hashable, Plan] = {}
 
@@ -247,7 +256,6 @@ class _Sizes:
         self.call, self.o, self.cell = call, o, cell
         self.L, self.B, self.D, self.d = self.shape = tuple(sizes[axis] for axis in "LBDd")
         u = o[0]
-        self.result_dtype = None if state_dtype(u.dtype) == u.dtype else state_dtype(u.dtype)
         self.acc, self.gpu = state_dtype(u.dtype), _gpu(u)
         self.device = str(self.gpu or "cpu")
         self.variant = Variant(cell, _DTYPES[u.dtype], _DTYPES[self.acc], self._wide())
@@ -257,10 +265,10 @@ class _Sizes:
 
     def forward(self) -> Plan:
         cell, (L, B, D, d) = self.cell, self.shape
-        results: list[_Result] = [
-            ((L, B, D * d), None),
-            (shape_of_state(cell, D, B, d), self.result_dtype),
-            (shape_of_state(cell, self.kept, B, D, d), self.result_dtype) if self.call.keep else None,
+        results: list[_Result | None] = [
+            self._result((L, B, D * d), self.o[0].dtype),
+            self._result(shape_of_state(cell, D, B, d), self.acc),
+            self._result(shape_of_state(cell, self.kept, B, D, d), self.acc) if self.call.keep else None,
             *self._carry(self.forward_chunk),
         ]
         at = self._places(len(self.o) + len(results))
@@ -282,10 +290,10 @@ class _Sizes:
         scratch = launch.needs_scratch(self.variant, every, self.device)
         rows = (count * min(every, chunk) if chunk else every) if scratch else 0
         sums, row = len(cell.params), d + (_ROW_PADDING if self.device == "cpu" else 0)
-        results: list[_Result] = [
-            (shape_of_state(cell, D, B, d), self.result_dtype),
-            ((count, B, D, sums + (len(cell.per_sequence) if chunk else 0), row), self.result_dtype),
-            ((self.n, rows, B, D, d), self.result_dtype) if scratch else None,
+        results: list[_Result | None] = [
+            self._result(shape_of_state(cell, D, B, d), self.acc),
+            self._result((count, B, D, sums + (len(cell.per_sequence) if chunk else 0), row), self.acc),
+            self._result((self.n, rows, B, D, d), self.acc) if scratch else None,
             *self._carry(chunk),
         ]
         n = len(self.o)
@@ -336,13 +344,15 @@ class _Sizes:
         found = launch.chunk(self.variant, self.shape, forward, time_parallel, self.device)  # type: ignore[arg-type]
         return 0 if forward and found % call.every else found
 
+    def _result(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Result:
+        is_large = self.gpu is None and prod(shape) * dtype.itemsize >= _LARGE
+        return _Result(shape, None if dtype == self.o[0].dtype else dtype, is_large)
+
     def _carry(self, chunk: int) -> list[_Result]:
         """Scratch for what chunks of time leave to each other; the last of the results."""
-        return (
-            [((chunks.count(self.L, chunk), self.n * (self.n + 1), *self.shape[1:]), self.result_dtype)]
-            if chunk
-            else []
-        )
+        if not chunk:
+            return []
+        return [self._result((chunks.count(self.L, chunk), self.n * (self.n + 1), *self.shape[1:]), self.acc)]
 
     def _each(self, address: int, elements: int) -> list[int]:
         """The addresses of the states that follow upon each other."""
@@ -385,13 +395,20 @@ class _Sizes:
         return found
 
 
-def _allocate(u: Tensor, results: Sequence[_Result]) -> list[Any]:
-    """Memory for results. To name a dtype that is U's own would cost as much again."""
-    return [
-        None if r is None else u.new_empty(r[0]) if r[1] is None else u.new_empty(r[0], dtype=r[1]) for r in results
-    ]
+def _allocate(u: Tensor, results: Sequence[_Result | None]) -> list[Any]:
+    return [r if r is None else _empty(u, r.shape, r.dtype, r.is_large) for r in results]
+
+
+def _empty(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, is_large: bool) -> Tensor:
+    if is_large:  # in memory that the core keeps for the next call, as fresh pages cost as much as a pass over them
+        dtype = dtype or u.dtype
+        block = memory.empty((prod(shape) * dtype.itemsize,), np.dtype(np.uint8))
+        return torch.from_numpy(block).view(dtype).view(shape)
+    return u.new_empty(shape) if dtype is None else u.new_empty(shape, dtype=dtype)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    # In rows whatever the strides of a parameter, which may be a part of a larger tensor.
+    """Contiguous memory, whatever the strides of a tensor, which may be a part of a larger one."""
+    if tensor.is_cpu and type(tensor) is Tensor and tensor.numel() * tensor.element_size() >= _LARGE:
+        return _empty(tensor, tuple(tensor.shape), None, True)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
