@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import tracemalloc
@@ -222,7 +223,8 @@ def fresh(program: str, *arguments: Any, path: Any = "") -> Any:
     """What a program prints as JSON in a process of its own."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    elsewhere = tempfile.gettempdir()  # not in the checkout, which would be imported in place of what is installed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

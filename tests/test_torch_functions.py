@@ -455,7 +455,7 @@ def test_signatures_are_those_of_the_core():
         assert "recompute" in getattr(binding, name).__doc__
 
 
-def test_the_binding_is_imported_when_a_tensor_comes():
+def test_the_binding_is_imported_when_a_tensor_comes(tmp_path):
     program = """
         import sys, sru_rt
         assert "torch" not in sys.modules
@@ -467,7 +467,8 @@ def test_the_binding_is_imported_when_a_tensor_comes():
         assert x.grad.any()
         assert "jax" not in sys.modules and "cupy" not in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
