@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs PyTorch")
+
 from sru_rt.bindings import torch as binding
 from sru_rt.bindings.torch import QRNN, RNN, SRU, MinGRU, MinLSTM, native
 from torch._dynamo.testing import CompileCounterWithBackend

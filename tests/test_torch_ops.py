@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs PyTorch")
+
 from sru_rt.bindings import torch as binding
 from sru_rt.bindings.torch import autograd, native, ops, reference
 from torch.autograd import gradcheck, gradgradcheck
