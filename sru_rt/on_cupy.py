@@ -76,7 +76,7 @@ class CuPy:
         return 0 if array is None else int(array.data.ptr)
 
     def to_host(self, array: NDArray) -> np.ndarray[Any, Any]:
-        values: np.ndarray[Any, Any] = array.get()
+        values: np.ndarray[Any, Any] = array if isinstance(array, np.ndarray) else array.get()
         return values
 
     def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
