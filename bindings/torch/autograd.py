@@ -57,7 +57,7 @@ def recurrence(
     call = Call(cell, tuple(constants), every, str(time_parallel), records(u, c0, *arrays))
     plan, o = _planned(call, given)
     if call.keep:
-        return _Eager.apply(call, plan, *o)  # type: ignore[no-any-return]
+        return _Eager.apply(call, plan, *o)
     h, last, _ = native.forward(plan, call, o)
     return h, last
 
@@ -128,7 +128,7 @@ class _Eager(Function):
     """Of tensors with values."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, plan: Plan, *o: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, call: Call, plan: Plan, *o: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         h, last, saved = native.forward(plan, call, o)
         ctx.call = call
@@ -136,7 +136,7 @@ class _Eager(Function):
         return h, last
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None) -> Any:
         *o, saved = ctx.saved_tensors
         return None, None, *gradients(ctx.call, ctx.needs_input_grad[2:], tuple(o), saved, dh, dlast)
 
@@ -147,7 +147,7 @@ class _Traced(ReverseMode):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Call, *o: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(call: Call, *o: Tensor | None) -> tuple[Tensor, ...]:
         return ops.forward(call, o)
 
     @staticmethod
@@ -158,7 +158,7 @@ class _Traced(ReverseMode):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:
         *o, saved = ctx.saved_tensors
         dh = None if dh is None else dh.flatten(2)
         return None, *gradients(ctx.call, ctx.needs_input_grad[1:], tuple(o), saved, dh, dlast)
@@ -189,7 +189,7 @@ class _Backward(ReverseMode):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         call: Call, need: tuple[bool, ...], saved: Tensor, dh: Tensor | None, dlast: Tensor | None, *o: Any
     ) -> tuple[Tensor, ...]:
         return tuple(ops.backward(call, o, saved, dh, dlast, need))
@@ -200,7 +200,7 @@ class _Backward(ReverseMode):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *seeds: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *seeds: Tensor) -> Any:
         given = ctx.saved_tensors
         wanted = [i for i, t in enumerate(given) if t is not None and ctx.needs_input_grad[3 + i]]
 
@@ -223,7 +223,7 @@ def _reference_backward(
 
     (h, last), pullback = torch.func.vjp(of, *(o[i] for i in wanted))
     seeds = torch.zeros_like(h) if dh is None else dh, torch.zeros_like(last) if dlast is None else dlast
-    return pullback(seeds)  # type: ignore[no-any-return]
+    return pullback(seeds)
 
 
 def put(values: Sequence[Any], at: Sequence[int], chosen: Sequence[Any]) -> list[Any]:

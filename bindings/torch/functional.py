@@ -32,7 +32,7 @@ def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
         return core(*args, save=Recompute(_settled(recompute)), **{name: _settled(v) for name, v in kwargs.items()})
 
     function.__name__ = function.__qualname__ = name
-    function.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature([*parameters, added])
     function.__doc__ = f"""`sru_rt.{core.__name__}` on tensors, differentiable and traceable.
 
     Args:
@@ -45,7 +45,7 @@ def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
         h (L, B, D*d) in the dtype of U, that of autocast if it is on, and the last state (D, B, d) in float32 (float64
         for float64).
     """
-    return torch.compiler.allow_in_graph(function)  # type: ignore[no-any-return]
+    return torch.compiler.allow_in_graph(function)
 
 
 sru = _with_recompute(sru_rt.sru_forward, "sru")
@@ -78,7 +78,7 @@ def own_cell(
     """
     if not isinstance(cell, OwnCell):
         raise ArgumentError(f"own_cell: cell must be what sru_rt.cell made (got {type(cell).__name__})")
-    return _own_cell(cell.text, x, weight, params, c0, recompute=recompute, **options)  # type: ignore[no-any-return]
+    return _own_cell(cell.text, x, weight, params, c0, recompute=recompute, **options)
 
 
 @torch.compiler.allow_in_graph

@@ -95,7 +95,7 @@ def _forming_u_again(
 ) -> tuple[Tensor, Tensor]:
     """A layer of which U is formed again in the backward."""
     call = Call(cell, constants, _EVERY, time_parallel, autograd.keeps(x, *factors, c0, *arrays))
-    x, *factors = (as_autocast(t) for t in (x, *factors))  # type: ignore[assignment]
+    x, *factors = (as_autocast(t) for t in (x, *factors))
     others = native.beside_u(call, x.dtype, (c0, *flags, *arrays))
     with without_autocast(x.device.type):  # it is off when the backward forms U
         h, last, _ = _Layer.apply(call, window, len(factors), x, *factors, *others)
@@ -108,7 +108,7 @@ class _Layer(autograd.ReverseMode):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
         if autograd.is_eager(*o):
             h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), call, o)
@@ -124,7 +124,7 @@ class _Layer(autograd.ReverseMode):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: Any) -> Any:
         x, *rest, saved = ctx.saved_tensors
         factors, others = rest[: ctx.n], rest[ctx.n :]
         if dh is None and dlast is None:
@@ -140,7 +140,7 @@ class _Layer(autograd.ReverseMode):
             u, pullback = torch.func.vjp(u_of, *(given[i] for i in wanted)) if wanted else (u_of(), None)
             need = (bool(wanted), *needs[1 + ctx.n :])
             du, *gradients = autograd.gradients(ctx.call, need, (u.contiguous(), *others), saved, dh, dlast)
-            of_given = autograd.put([None] * len(given), wanted, pullback(du) if wanted else ())  # type: ignore[misc]
+            of_given = autograd.put([None] * len(given), wanted, pullback(du) if wanted else ())
         return None, None, None, *of_given, *gradients
 
 

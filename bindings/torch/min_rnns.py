@@ -45,11 +45,12 @@ class _MinRNN(Stack):
         self._make_parameters([Recipe.of(self._cell())] * self.num_layers, device, dtype)
 
     def _cell(self) -> Cell:
-        raise NotImplementedError
+        """The recurrence of every layer."""
+        raise NotImplementedError(f"{type(self).__name__} must say which cell it has")
 
     def _biases(self) -> Sequence[float]:
         """Initial values, gate by gate."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say where its biases begin")
 
     def _initial_params(self) -> dict[str, Sequence[Any]]:
         return {"bias": self._biases()} if self.bias else {}

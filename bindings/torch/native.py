@@ -209,7 +209,7 @@ def forward(plan: Plan, call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor
     """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are."""
     h, last, saved, *_ = made = _allocate(o[0], plan.results)
     plan.run(call.constants, *o, *made)
-    return h, last, saved  # type: ignore[return-value]
+    return h, last, saved
 
 
 def backward(
@@ -223,7 +223,7 @@ def backward(
         dh = u.new_zeros(shape_of_h(u)) if dh is None else _as(dh, u.dtype)
         dlast, saved = _as(dlast, state_dtype(u.dtype)), saved.contiguous()
         key = (call.plan, layout(*o, saved, dh, dlast), need)
-        plan = _plans.get(key) or _remember(key, _Sizes(call, o).backward(saved, dh, dlast, need))  # type: ignore[arg-type]
+        plan = _plans.get(key) or _remember(key, _Sizes(call, o).backward(saved, dh, dlast, need))
     made = _allocate(o[0], plan.results)
     found = gradients_like(o, need)
     plan.run(call.constants, *o, saved, dh, dlast, *found, *made)
@@ -341,7 +341,7 @@ class _Sizes:
         """
         call = self.call
         time_parallel = {"True": True, "False": False}.get(call.time_parallel, call.time_parallel)
-        found = launch.chunk(self.variant, self.shape, forward, time_parallel, self.device)  # type: ignore[arg-type]
+        found = launch.chunk(self.variant, self.shape, forward, time_parallel, self.device)
         return 0 if forward and found % call.every else found
 
     def _result(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Result:

@@ -32,7 +32,7 @@ LIBRARY.define(
 
 def forward(call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `native.forward`, for tensors that may be traced or batched; h is (L, B, D, d)."""
-    return torch.ops.sru_rt.forward.default(*_arguments(call, o))  # type: ignore[no-any-return]
+    return torch.ops.sru_rt.forward.default(*_arguments(call, o))
 
 
 def backward(
@@ -42,9 +42,7 @@ def backward(
 
     dh is (L, B, D, d).
     """
-    return torch.ops.sru_rt.backward.default(  # type: ignore[no-any-return]
-        *_arguments(call, o), saved, dh, dlast, list(need)
-    )
+    return torch.ops.sru_rt.backward.default(*_arguments(call, o), saved, dh, dlast, list(need))
 
 
 def _arguments(call: Call, o: Operands) -> tuple[Any, ...]:

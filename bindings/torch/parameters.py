@@ -93,7 +93,7 @@ class Parameters(nn.Module):
 
     def _initial_params(self) -> dict[str, Sequence[Any]]:
         """Parameters of each layer beside the weight, (D, rows, d), and the initial values of each row."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say which parameters its cell has")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

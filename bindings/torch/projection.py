@@ -40,11 +40,9 @@ def without_padding(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> T
     """x (L, B, ...) with zeros at padding, whose gradient then is zero, too, whatever it holds."""
     if lengths is None and mask is None:
         return x
-    absent = None if mask is None else mask.to(torch.bool)
+    absent = torch.zeros((), dtype=torch.bool, device=x.device) if mask is None else mask.to(torch.bool)
     if lengths is not None:
-        beyond = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
-        absent = beyond if absent is None else absent | beyond
-    assert absent is not None  # noqa: S101
+        absent = absent | (torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)
     return torch.where(absent[..., None], x.new_zeros(()), x)
 
 

@@ -338,7 +338,7 @@ class SRUCell(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SRUCell:
         """Converts as any module does, but for alpha, which 16 bits would round."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.scale_x.dtype in (torch.float16, torch.bfloat16):
             self.scale_x = torch.full((1,), self._alpha, dtype=torch.float32, device=self.scale_x.device)
         return self
@@ -358,7 +358,7 @@ class SRUCell(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_texts"}  # made by this release
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._texts = self._texts_of_cells()
 
     def extra_repr(self) -> str:
