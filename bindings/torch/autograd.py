@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ...errors import LibraryError
+from ...passes import Call
 from . import native, ops, reference
-from .native import Call, Operands, Plan
+from .native import Operands, Plan
 
 _Gradients = tuple[Tensor | None, ...]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
+from ...passes import Call
 from . import autograd, native, ops
 from .autograd import recurrence
-from .native import Call
 from .projection import as_autocast, project, without_autocast
 
 # Steps between kept states where the caller leaves it to us: as in the core.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import spec
+from ... import passes, spec
+from ...passes import Call
 from . import native
-from .native import Call, Operands
+from .native import Operands
 
 _OPERANDS = (
     "Tensor u, Tensor? c0, Tensor? lengths, Tensor? mask, Tensor? reset, Tensor[] arrays, "
@@ -46,8 +47,8 @@ def backward(
 
 
 def _arguments(call: Call, o: Operands) -> tuple[Any, ...]:
-    arrays = list(o[native.ARRAYS :])
-    return *o[: native.ARRAYS], arrays, call.cell, list(call.constants), *call[2:]
+    arrays = list(o[passes.ARRAYS :])
+    return *o[: passes.ARRAYS], arrays, call.cell, list(call.constants), *call[2:]
 
 
 def split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
@@ -77,8 +78,8 @@ def _forward_without_values(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     native.check(call, cell, o)
     L, B, D, _, d = u.shape
     acc = native.state_dtype(u.dtype)
-    last = native.shape_of_state(cell, D, B, d)
-    saved = native.shape_of_state(cell, native.kept(call, L), B, D, d) if call.keep else (0,)
+    last = passes.shape_of_state(cell, D, B, d)
+    saved = passes.shape_of_state(cell, passes.kept(call, L), B, D, d) if call.keep else (0,)
     return u.new_empty((L, B, D, d)), u.new_empty(last, dtype=acc), u.new_empty(saved, dtype=acc)
 
 
@@ -89,7 +90,7 @@ def _backward_without_values(*arguments: Any) -> list[Tensor]:
     _, B, D, _, d = u.shape
     found = native.gradients_like(o, need)
     if need[1]:
-        found[1] = u.new_empty(native.shape_of_state(cell, D, B, d), dtype=native.state_dtype(u.dtype))
+        found[1] = u.new_empty(passes.shape_of_state(cell, D, B, d), dtype=native.state_dtype(u.dtype))
     return [g for g in found if g is not None]
 
 

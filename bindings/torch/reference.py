@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ... import spec
 from ...graph import topological
-from .native import ARRAYS, Call, Operands, declared, state_dtype
+from ...passes import ARRAYS, Call, declared
+from .native import Operands, state_dtype
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "+": torch.add,
