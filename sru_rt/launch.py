@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from . import abi, chunks, compile_cpu, launch_gpu, numpy_sweep, plan, settings
 from .errors import CompileError, LibraryError
@@ -41,13 +42,39 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
 
 def bound(variant: Variant, arguments: abi.Forward | abi.Backward) -> Callable[[bytes], None] | None:
     """The CPU's kernel for calls with such arguments, which takes them packed; None where NumPy is to do the work."""
+    found = entry(variant, arguments)
+    if found is None:
+        return None
+    function, pool, tasks = found
+    return lambda packed: function(packed, pool, tasks)
+
+
+class Entry(NamedTuple):
+    """A kernel of the CPU, and what it is given beside the packed arguments."""
+
+    function: Callable[..., None]
+    pool: int | None
+    tasks: int
+
+
+def entry(variant: Variant, arguments: abi.Forward | abi.Backward) -> Entry | None:
+    """The CPU's kernel for calls with such arguments; None where NumPy is to do the work."""
     kernel = _kernel(variant)
     if kernel is None:
         return None
     tasks = _tasks(arguments.given)
     pool = compile_cpu.pool() if tasks > 1 else None
-    entry = kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward
-    return lambda packed: entry(packed, pool, tasks)
+    return Entry(kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward, pool, tasks)
+
+
+def has_kernel(variant: Variant) -> bool:
+    """Whether there is a compiled kernel for the CPU, which is compiled now; if not, NumPy is to do the work."""
+    return _kernel(variant) is not None
+
+
+def load(variant: Variant, arguments: abi.Forward | abi.Backward, device: str) -> None:
+    """Has the kernels for such calls on a GPU, which is the current device, compiled and loaded; see `run`."""
+    launch_gpu.prepare(variant, arguments, int(device.partition(":")[2] or 0))
 
 
 def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:

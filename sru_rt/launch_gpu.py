@@ -52,13 +52,18 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
         CompileError: CuPy or NVRTC are missing, or do not know the GPU.
         LibraryError: the GPU's driver refuses the code, or the arrays or sizes are beyond what a kernel takes.
     """
-    key = _key(variant, arguments, device)
-    launch = _launches.get(key) or _launches.setdefault(key, _prepare(variant, arguments, device))
+    launch = prepare(variant, arguments, device)
     values = (np.frombuffer(abi.pack(variant.cell, arguments), launch.struct),)
     on, given = _Stream(stream), arguments.given
     for function, (x, y, z), block, shared, but in launch.kernels:
         depth = z if but is None else chunks.count(given.L, given.chunk) - but
         function((x, y, depth), block, values, shared_mem=shared, stream=on)
+
+
+def prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:
+    """The planned pass, of which the kernels are loaded; made once. Errors are those of `run`."""
+    key = _key(variant, arguments, device)
+    return _launches.get(key) or _launches.setdefault(key, _prepare(variant, arguments, device))
 
 
 def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> Hashable:

@@ -114,4 +114,8 @@ def of(value: Any) -> Library | None:
     if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
         binding: Any = importlib.import_module(f"{__package__}.bindings.torch.library")
         return binding.library(value)
+    jax: Any = sys.modules.get("jax")
+    if jax is not None and isinstance(value, getattr(jax, "Array", ())):
+        binding = importlib.import_module(f"{__package__}.bindings.jax.library")
+        return binding.library(value)
     return None

@@ -120,11 +120,17 @@ def check(call: Call, cell: Cell, o: Sequence[Any]) -> Check:
 class Passes:
     """The passes of one call on operands, each a `Layout` or None, on ``cpu`` or such as ``cuda:0``.
 
+    Args:
+        chunks: steps of the chunks of time of forward and backward, 0 for none, where they are settled already. With
+            them no axis need be a number to ask for what a pass allocates.
+
     Raises:
         ShapeError, DtypeError, ArgumentError: the operands do not fit the cell or each other.
     """
 
-    def __init__(self, call: Call, operands: Sequence[Any], device: str = "cpu") -> None:
+    def __init__(
+        self, call: Call, operands: Sequence[Any], device: str = "cpu", chunks: tuple[int, int] | None = None
+    ) -> None:
         cell = spec.cell_of(call.cell)
         self._check = check(call, cell, operands)
         self._call, self._cell, self._device = call, cell, device
@@ -133,17 +139,32 @@ class Passes:
         self._shape = (self._check["L"], self._check["B"], self._check["D"], self._check["d"])
         self._acc = state_dtype(self._u.dtype)
         self._variant = Variant(cell, self._u.dtype, self._acc, self._wide())
+        self._chunks = chunks
         self._forward_chunk = self._chunk(forward=True)
         self._kept = kept(call, self._shape[0])
 
-    def forward(self) -> Pass:
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Steps of the chunks of time of forward and backward, 0 for none."""
+        return self._forward_chunk, self._chunk(forward=False)
+
+    def has_kernel(self) -> bool:
+        """Whether the CPU has a compiled kernel, which is compiled now; if not, NumPy is to do the work."""
+        return launch.has_kernel(self._variant)
+
+    def allocated_by_forward(self) -> list[Layout | None]:
+        """The results of `forward`."""
         L, B, D, d = self._shape
-        results = [
+        return [
             Layout((L, B, D * d), self._u.dtype),
             self._states(D, B, d),
             self._states(self._kept, B, D, d) if self._call.keep else None,
             *self._carry(self._forward_chunk),
         ]
+
+    def forward(self) -> Pass:
+        _, B, D, d = self._shape
+        results = self.allocated_by_forward()
         at = self._places(len(self._o) + len(results))
         h, c_last, saved = at[len(self._o) :][:3]
         arguments = abi.Forward(
@@ -159,21 +180,13 @@ class Passes:
         saved, dh, dlast: the kept states, and the gradients of h (L, B, D*d) and of the last states.
         need: of which operands the gradient is wanted.
         """
-        cell, (L, B, D, d), every = self._cell, self._shape, self._call.every
+        cell, (_, B, D, d) = self._cell, self._shape
         self._check.shape("saved", saved, " ".join(map(str, shape_of_state(cell, self._kept, B, D, d))))
         self._check.shape("dh", dh, f"L B {D * d}")
         chunk = self._chunk(forward=False)
-        count = chunks.count(L, chunk) if chunk else 1
-        scratch = launch.needs_scratch(self._variant, every, self._device)
-        rows = (count * min(every, chunk) if chunk else every) if scratch else 0
-        sums = len(cell.params) + (len(cell.per_sequence) if chunk else 0)
-        row = d + (_ROW_PADDING if self._device == "cpu" else 0)
-        results = [
-            self._states(D, B, d),
-            Layout((count, B, D, sums, row), self._acc),
-            Layout((len(cell.state), rows, B, D, d), self._acc) if scratch else None,
-            *self._carry(chunk),
-        ]
+        results = self.allocated_by_backward()
+        _, sums, scratch, *_ = results
+        rows, row = scratch.shape[1] if scratch else 0, sums.shape[-1] if sums else 0
         n = len(self._o)
         at = self._places(2 * n + 3 + len(results))
         p_saved, p_dh, p_dlast = at[n : n + 3]
@@ -195,6 +208,22 @@ class Passes:
             saved_chunk=self._forward_chunk,
         )
         return Pass(Prepared(self._variant, arguments, self._device), results)
+
+    def allocated_by_backward(self) -> list[Layout | None]:
+        """The results of `backward`."""
+        cell, (L, B, D, d), every = self._cell, self._shape, self._call.every
+        chunk = self._chunk(forward=False)
+        count = chunks.count(L, chunk) if chunk else 1
+        scratch = launch.needs_scratch(self._variant, every, self._device)
+        rows = count * min(every, chunk) if chunk else every
+        sums = len(cell.params) + (len(cell.per_sequence) if chunk else 0)
+        row = d + (_ROW_PADDING if self._device == "cpu" else 0)
+        return [
+            self._states(D, B, d),
+            Layout((count, B, D, sums, row), self._acc),
+            Layout((len(cell.state), rows, B, D, d), self._acc) if scratch else None,
+            *self._carry(chunk),
+        ]
 
     def _places(self, n: int) -> list[int]:
         """Of operands and results; constants come before them."""
@@ -220,6 +249,8 @@ class Passes:
         The number of kept states is to depend on L alone, as a traced program must know it: a forward whose chunks hold
         no whole number of `every` steps takes all steps in order.
         """
+        if self._chunks is not None:
+            return self._chunks[not forward]
         call = self._call
         time_parallel = {"True": True, "False": False}.get(call.time_parallel, call.time_parallel)
         found = launch.chunk(self._variant, self._shape, forward, time_parallel, self._device)

@@ -5,13 +5,15 @@ What depends on shapes, dtypes and settings is done once, so that a call is to f
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import abi, launch
 from .variant import Variant
 
 _PLACE = 1 << 48  # beyond any size, stride or offset
+_ALIGNED = 256  # an address such as allocators of frameworks give
 
 
 def place(number: int) -> int:
@@ -20,6 +22,16 @@ def place(number: int) -> int:
     Offsets may be added to addresses.
     """
     return (number + 1) * _PLACE
+
+
+class Field(NamedTuple):
+    """Eight bytes of the packed arguments: the address number `number`, to which `rest` is added.
+
+    Of those that hold no address, `number` is None and `rest` all there is, as an integer.
+    """
+
+    number: int | None
+    rest: int
 
 
 class Prepared:
@@ -36,6 +48,26 @@ class Prepared:
         self._parts = [divmod(v, _PLACE) if isinstance(v, int) else (0, v) for v in values]
         self._pack = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
         self._kernel = launch.bound(variant, arguments) if device == "cpu" else None
+
+    def entry(self) -> launch.Entry | None:
+        """The CPU's kernel, for callers in other languages; None where NumPy is to do the work."""
+        return launch.entry(self._variant, self._arguments)
+
+    def fields(self, constants: Sequence[float]) -> list[Field]:
+        """The packed arguments, for callers in other languages; `constants` are the first of the addresses."""
+        return [self._field(number, rest, constants) for number, rest in self._parts]
+
+    def _field(self, number: Any, rest: Any, constants: Sequence[float]) -> Field:
+        if 0 < number <= len(constants):
+            number, rest = 0, float(constants[number - 1])
+        if isinstance(rest, float):
+            (rest,) = struct.unpack("=q", struct.pack("=d", rest))
+        return Field(number - 1 if number else None, rest)
+
+    def load(self) -> None:
+        """Has the kernels of a GPU compiled and loaded, so that `run` does neither. The device must be current."""
+        aligned = [_ALIGNED] * max(number for number, _ in self._parts)
+        launch.load(self._variant, _filled(self._arguments, aligned), self._device)
 
     def run(self, addresses: Sequence[float], stream: int = 0) -> None:
         """Runs the pass in order on `stream`."""

@@ -71,3 +71,8 @@ SRU_GPU_{"FORWARD" if plan.forward else "BACKWARD"}{"_SCAN" if plan.parallel els
 def pool() -> str:
     """The compile unit of the thread pool."""
     return '#include "pool.cpp"\n'
+
+
+def xla() -> str:
+    """The compile unit of the handler that XLA calls on the CPU."""
+    return '#include "xla.cpp"\n'

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import spec
-from ...graph import topological
+from ...evaluate import evaluate
 from ...passes import ARRAYS, Call, declared
 from .native import Operands, state_dtype
 
@@ -91,22 +91,17 @@ def _step(call: Call, o: Operands, t: int, q: int, state: list[Tensor]) -> tuple
         else:
             values |= zip(a.members, tensor[q])
     values |= zip(cell.state, state)
-    found = _evaluate([*cell.formula.new_state, cell.formula.h], values, state[0])
-    return found[:-1], found[-1]
+    like = state[0]
+    found = evaluate(
+        [*cell.formula.new_state, cell.formula.h],
+        values,
+        _OPERATIONS,
+        lambda value: value if isinstance(value, Tensor) else like.new_full((), value),
+    )
+    *new, h = [one.expand_as(like) for one in found]
+    return new, h
 
 
 def _clean(rows: Tensor, padded: Tensor) -> Tensor:
     """Padding may hold anything, and even a NaN that is not used would spoil a gradient, as 0*NaN is NaN."""
     return torch.where(padded, 0, rows)
-
-
-def _evaluate(outputs: list[Any], values: dict[str, Any], like: Tensor) -> list[Tensor]:
-    """The nodes of a graph on tensors."""
-    found: dict[Any, Any] = {}
-    for node in topological(outputs):
-        if node.op in ("input", "constant"):
-            value = values[node.args[0]] if node.op == "input" else node.args[0]
-            found[node] = value if isinstance(value, Tensor) else like.new_full((), value)
-        else:
-            found[node] = _OPERATIONS[node.op](*(found[a] for a in node.args))
-    return [found[node].expand_as(like) for node in outputs]
