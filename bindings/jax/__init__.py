@@ -1,0 +1,16 @@
+"""JAX: functions of recurrences on its arrays, under its transformations.
+
+The functions of `sru_rt` itself take arrays of JAX, too. Here they have `recompute=`. Importing this module is enough
+for programs with recurrences that were exported by `jax.export`, and are loaded in another process.
+"""
+
+from .functional import mingru as mingru
+from .functional import minlstm as minlstm
+from .functional import own_cell as own_cell
+from .functional import qrnn as qrnn
+from .functional import sru as sru
+from .xla import register as register
+from .xla import register_if_known as _register_if_known
+from .xla import target as target
+
+_register_if_known()

@@ -1,0 +1,131 @@
+"""A layer, projection and recurrence together, under a policy of what is kept for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from ...errors import ArgumentError
+from ...passes import Call
+from . import autodiff, ops, sharding
+from .ops import put
+from .projection import project
+from .statement import Stated
+
+# Steps between kept states where the caller leaves it to us: as in the core.
+_EVERY = 32
+
+
+def layer(
+    cell: str,
+    x: Array,
+    factors: Sequence[Array],
+    arrays: Sequence[Array] = (),
+    c0: Array | None = None,
+    *,
+    window: int = 1,
+    lengths: Array | None = None,
+    mask: Array | None = None,
+    reset: Array | None = None,
+    constants: Sequence[float] = (),
+    recompute: bool | int | str = False,
+    time_parallel: bool | str = "auto",
+) -> tuple[Array, Array]:
+    """Runs a cell over x (L, B, d_in).
+
+    Args:
+        cell: the text of a cell (see `sru_rt.spec`).
+        factors: the weight (D, k, d, window*d_in), or a pair (P, Q) of (D, k, d, p) and (p, window*d_in).
+        recompute: what the backward computes again: False nothing, K >= 1 all states but every K-th, True these with
+            K = 32, "x" these and U.
+        arrays, c0, lengths, mask, reset, constants, time_parallel: as `autodiff.recurrence`.
+
+    Returns:
+        h (L, B, D*d), and the last states, like c0.
+    """
+    stated = Stated.of(Call(cell, tuple(constants), every(recompute), str(time_parallel)))
+    beside_u = (c0, lengths, mask, reset, *arrays)
+    return _jitted(stated, window, recompute == "x", x, tuple(factors), beside_u)
+
+
+def every(recompute: bool | int | str) -> int:
+    """Steps between the states that are kept."""
+    return _EVERY if recompute is True or recompute == "x" else int(recompute) or 1
+
+
+def check_recompute(function: str, value: Any) -> bool | int | str:
+    """`value`, if it is a policy of what the backward computes again."""
+    if isinstance(value, bool) or (isinstance(value, str) and value == "x"):
+        return value
+    if isinstance(value, int) and value >= 1:
+        return value
+    raise ArgumentError(
+        f"{function}: recompute must be False, True, a number K >= 1 of steps between kept states, or 'x' "
+        f"(got {value!r})"
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _jitted(
+    stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    others = ops.beside_u(stated, x.dtype, beside_u)
+    if not again:
+        return autodiff.of_operands(stated, (_u(window, x, factors, others), *others))
+    x, *rest = sharding.alike((x, *factors, *others))
+    h, last = _layer(stated, window, x, tuple(rest[: len(factors)]), tuple(rest[len(factors) :]))
+    return h.reshape(*h.shape[:2], -1), last
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer(
+    stated: Stated, window: int, x: Array, factors: tuple[Array, ...], others: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    """A layer that keeps x for its backward and not U."""
+    h, last, _ = ops.forward(stated._replace(keep=False), (_u(window, x, factors, others), *others))
+    return h, last
+
+
+def _forward(stated: Stated, window: int, *given: Any) -> Any:
+    x, factors, others = given
+    flat, need = autodiff.values_and_need((x, *factors, *others))
+    n = 1 + len(factors)
+    x, *factors = flat[:n]
+    others = flat[n:]
+    h, last, saved = autodiff.keeping(stated, (_u(window, x, factors, others), *others))
+    return (h, last), (x, tuple(factors), others, saved, autodiff.Static(need))
+
+
+def _backward(stated: Stated, window: int, residual: Any, seeds: Any) -> Any:
+    x, factors, others, saved, need = residual
+    dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds)
+    n = 1 + len(factors)
+    if dh is None and dlast is None:
+        return None, None, None
+    # What is formed again must wait for dh, or XLA would keep the U of the forward instead, as it is the same.
+    (x, factors), dh, dlast = lax.optimization_barrier(((x, factors), dh, dlast))
+    given = (x, *factors)
+    wanted = [i for i in range(n) if need.value[i]]
+
+    def u_of(*chosen: Array) -> Array:
+        x, *factors = put(given, wanted, chosen)
+        return _u(window, x, factors, others)
+
+    u, pullback = jax.vjp(u_of, *(given[i] for i in wanted))
+    need_of_recurrence = (bool(wanted), *need.value[n:])
+    du, *of_others = autodiff.gradients(stated, (u, *others), need_of_recurrence, saved, dh, dlast)
+    dx, *dfactors = put([None] * n, wanted, pullback(du) if wanted else ())
+    return dx, tuple(dfactors), tuple(of_others)
+
+
+_layer.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _u(window: int, x: Array, factors: Sequence[Array], others: Sequence[Any]) -> Array:
+    _, lengths, mask, reset, *_ = others
+    return project(x, factors, window, lengths, mask, reset)
