@@ -76,6 +76,7 @@ def forward(
     if library.layer:  # a framework that records what is done to its arrays
         flags = (lengths, mask, reset)
         return library.layer(check.function, cell, arrays, c0, constants, flags, options, projected)
+    arrays = apart(cell, arrays, D)
     every = min(memory_policy(check, options.save), max(L, 1))
     kept_dtype = saved_dtype(check, options.saved_dtype, dtype)
     factors = projected.factors if projected else ()
@@ -118,7 +119,7 @@ def _one_or_all(values: Sequence[Any]) -> Any:
 def _declared_arrays(
     check: Check, cell: Cell, dtype: str, values: Mapping[str, Any]
 ) -> tuple[dict[str, NDArray], list[NDArray | None]]:
-    """The given arrays that the cell declares, checked against their declared axes, and the initial states."""
+    """The given arrays that the cell declares, checked against the axes that users give, and the initial states."""
     arrays: dict[str, NDArray] = {}
     states: list[NDArray | None] = []
     for a in cell.arrays:
@@ -127,8 +128,7 @@ def _declared_arrays(
             for one, array in each_state(check, name, value, len(a.members)):
                 states.append(None if array is None else check.array(one, array, a.axes, dtypes))
         elif value is not None:
-            array = check.array(name, value, "L B D*d" if a.side_by_side else a.axes, dtypes)
-            arrays[a.name] = _apart(check, array) if a.side_by_side else array
+            arrays[a.name] = check.array(name, value, "L B D*d" if a.side_by_side else a.axes, dtypes)
     return arrays, states
 
 
@@ -140,9 +140,14 @@ def _dtypes(array: Array, dtype: str) -> tuple[str, ...]:
     return *dict.fromkeys((dtype, "float32")), *flags
 
 
-def _apart(check: Check, array: NDArray) -> NDArray:
-    """(L, B, D*d) as (L, B, D, d)."""
-    return array.reshape(*array.shape[:2], check["D"], check["d"])
+def apart(cell: Cell, arrays: Mapping[str, NDArray], D: int) -> dict[str, NDArray]:
+    """Arrays by name, of which those that are side by side, (L, B, D*d), become (L, B, D, d), as kernels take them."""
+    found = dict(arrays)
+    for a in cell.arrays:
+        if a.side_by_side and a.name in found:
+            array = found[a.name]
+            found[a.name] = array.reshape(*array.shape[:2], D, array.shape[2] // D)
+    return found
 
 
 def _given(cell: Cell, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,9 @@ class Library(Protocol):
     def layer(self) -> Callable[..., tuple[Any, ...]] | None:
         """What runs a layer that has been checked, in place of the core: bindings of frameworks have it.
 
-        It takes the name of the function, the cell, its arrays by name, the initial states, the constants,
-        (lengths, mask, reset), the options, and what is projected, as `sru_rt.layer.forward` has them.
+        It takes the name of the function, the cell, its arrays by name as users give them (see `layer.apart`), the
+        initial states, the constants, (lengths, mask, reset), the options, and what is projected, as
+        `sru_rt.layer.forward` has them.
         """
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:

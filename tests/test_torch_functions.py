@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sru_rt
+from own_problem import two_state_problem, two_states
 from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, ROWS, SIZES, Problem, compare, name_of
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
 from test_arrays import OPTIONS, D, L, arguments, assert_same_bits, converted
@@ -474,22 +475,6 @@ def test_the_binding_is_imported_when_a_tensor_comes(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Own cells
-
-
-@sru_rt.cell(gates="a n", inputs="x", per_sequence="m", params="b", state="c s", constants="k")
-def two_states(a, n, x, m, b, c, s, k=0.5):
-    a = sru_rt.sigmoid(a + b * s)
-    c = a * c + (1 - a) * n * m
-    s = k * s + (1 - k) * sru_rt.tanh(c)
-    return c, s, c * x + s
-
-
-def two_state_problem() -> tuple[dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(3)
-    arrays = two_states.init(8, 4, directions=2, rng=1, dtype="float64")
-    arrays |= {"x": rng.normal(size=(5, 3, 8)), "m": rng.normal(size=(3, 2, 4))}
-    arrays["c0"] = tuple(rng.normal(size=(2, 2, 3, 4)))
-    return arrays, {"k": 0.25, "lengths": [5, 1, 3]}
 
 
 def flat(values: Any) -> list[Any]:

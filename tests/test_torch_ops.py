@@ -19,6 +19,7 @@ import sru_rt
 from emu import fake_cupy
 from gpu_places import Way
 from matrix import matrix
+from own_problem import two_state_problem, two_states
 from problems import (
     CELLS,
     FULL,
@@ -31,7 +32,6 @@ from problems import (
     covering,
     name_of,
 )
-from test_torch_functions import two_state_problem, two_states
 from torch_tools import Recorder, array, differentiable, flat, operators, seed, tensor, torch
 
 pytestmark = pytest.mark.usefixtures("new_plans")

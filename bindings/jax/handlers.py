@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Hashable
-from contextlib import AbstractContextManager
 from ctypes import POINTER, Structure, c_char, c_int64, c_void_p
 from typing import Any
 
 from ... import compile_cpu, source
 from ...errors import CompileError
 from . import frame as frames
+from . import gpus
 from .frame import Frame
 from .planner import Planned, planned
 from .statement import Statement
@@ -149,8 +149,8 @@ class Handler:
             self._found(text, arrays, "cpu").run(arrays.addresses)
             return
         number = frames.device(frame)
-        number = current_gpu() if number is None else number
-        with on_gpu(number):
+        number = gpus.current() if number is None else number
+        with gpus.device(number):
             self._found(text, arrays, f"cuda:{number}").run(arrays.addresses, frames.stream(frame))
 
     def _found(self, text: str, arrays: frames.Arrays, device: str) -> Planned:
@@ -166,17 +166,3 @@ class Handler:
 @functools.cache
 def handler(platform: str) -> Handler:
     return Handler(platform)
-
-
-def current_gpu() -> int:
-    """The number of the thread's GPU: XLA has made its own the current one."""
-    import cupy
-
-    return int(cupy.cuda.runtime.getDevice())
-
-
-def on_gpu(number: int) -> AbstractContextManager[Any]:
-    """Makes a GPU that of the thread."""
-    import cupy
-
-    return cupy.cuda.Device(number)

@@ -74,7 +74,7 @@ def check_recompute(function: str, value: Any) -> bool | int | str:
 def _jitted(
     stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
 ) -> tuple[Array, Array]:
-    others = ops.beside_u(stated, x.dtype, beside_u)
+    others = ops.beside_u(stated, x.dtype, factors[0].shape[0], beside_u)
     if not again:
         return autodiff.of_operands(stated, (_u(window, x, factors, others), *others))
     x, *rest = sharding.alike((x, *factors, *others))

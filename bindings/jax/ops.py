@@ -19,7 +19,7 @@ from ...dtypes import name_of
 from ...errors import ArgumentError, CompileError
 from ...log import warn_once
 from ...passes import Layout, declared
-from . import handlers, planner, reference, sharding, xla
+from . import gpus, handlers, planner, reference, sharding, xla
 from .reference import state_dtype
 from .statement import Stated, Statement, wanted
 
@@ -31,12 +31,12 @@ _MOST_OPERATORS = 4096
 
 
 def operands(stated: Stated, given: Operands) -> Operands:
-    """Converts arrays to what kernels take; a gradient goes through."""
-    return given[0], *beside_u(stated, given[0].dtype, given[1:])
+    """Converts arrays to what kernels take; a gradient goes through. Some may be side by side, as users give them."""
+    return given[0], *beside_u(stated, given[0].dtype, given[0].shape[2], given[1:])
 
 
-def beside_u(stated: Stated, dtype: Any, given: Operands) -> Operands:
-    """The operands beside U of `dtype`."""
+def beside_u(stated: Stated, dtype: Any, D: int, given: Operands) -> Operands:
+    """The operands beside U of `dtype` and D directions."""
     cell = spec.cell_of(stated.cell)
     c0, lengths, mask, reset, *arrays = given
     if len(arrays) != len(declared(cell)):
@@ -45,6 +45,8 @@ def beside_u(stated: Stated, dtype: Any, given: Operands) -> Operands:
     acc = state_dtype(dtype)
     made = []
     for a, array in zip(declared(cell), arrays):
+        if a.side_by_side and array.ndim == 3:
+            array = array.reshape(*array.shape[:2], D, array.shape[2] // D)
         own = a.kind == "inputs" and array.dtype in (dtype, jnp.bool_)
         array = array if own else array.astype(acc)
         made.append(array if a.differentiable else lax.stop_gradient(array))
@@ -152,7 +154,7 @@ def _run(statement: Statement, *arrays: Array) -> tuple[Array, ...]:
     here = jax.default_backend()
     branches = {
         "cpu": functools.partial(_on_cpu, statement, here == "cpu"),
-        "cuda": functools.partial(_custom_call, statement, "cuda:0"),
+        "cuda": functools.partial(_on_cuda, statement, here in ("gpu", "cuda")),
     }
     if here not in ("cpu", "gpu", "cuda"):
         branches["default"] = functools.partial(_by_reference, statement)
@@ -185,19 +187,30 @@ def _has_compiler(is_likely: bool) -> bool:
         return False
 
 
+def _on_cuda(statement: Statement, is_likely: bool, *arrays: Array) -> tuple[Array, ...]:
+    """By kernels, which are compiled and loaded now if they are likely to be used."""
+    if is_likely and gpus.here():
+        statement = gpus.settled(statement, _layouts(arrays))
+        gpus.load(statement, _layouts(arrays), [r for r in _results(statement, "cuda:0", arrays) if r is not None])
+    return _custom_call(statement, "cuda:0", *arrays)
+
+
 def _custom_call(statement: Statement, device: str, *arrays: Array) -> tuple[Array, ...]:
-    passes, o = planner.passes_of(statement, _layouts(arrays), device)
-    results = passes.allocated_by_backward() if statement.backward else passes.allocated_by_forward()
-    if statement.backward:
-        results = [*(o[i] for i in wanted(statement.need)), *results]
-        n_results = len(wanted(statement.need)) + 1
-    else:
-        L, B, D, _, d = arrays[0].shape
-        results = [results[0]._replace(shape=(L, B, D, d)), *results[1:]]
-        n_results = 2 + statement.stated.keep
-    types = [sharding.like(arrays[0], r.shape, r.dtype) for r in results if r is not None]
+    results = [r for r in _results(statement, device, arrays) if r is not None]
+    types = [sharding.like(arrays[0], r.shape, r.dtype) for r in results]
     call = jax.ffi.ffi_call(xla.target(), types, vmap_method="sequential")
-    return tuple(call(*_as_buffers(statement, arrays), call=statement.text())[:n_results])
+    n = len(wanted(statement.need)) + 1 if statement.backward else 2 + statement.stated.keep
+    return tuple(call(*_as_buffers(statement, arrays), call=statement.text())[:n])
+
+
+def _results(statement: Statement, device: str, arrays: Sequence[Array]) -> list[Layout | None]:
+    """Those of a custom call, scratch included."""
+    passes, o = planner.passes_of(statement, _layouts(arrays), device)
+    if statement.backward:
+        return [*(o[i] for i in wanted(statement.need)), *passes.allocated_by_backward()]
+    L, B, D, _, d = arrays[0].shape
+    h, *others = passes.allocated_by_forward()
+    return [h and h._replace(shape=(L, B, D, d)), *others]
 
 
 def _layouts(arrays: Sequence[Array]) -> list[Layout]:

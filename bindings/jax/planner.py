@@ -27,14 +27,19 @@ class Planned(NamedTuple):
         self.prepared.run([*self.constants, *found], stream)
 
 
-def passes_of(statement: Statement, operands: Sequence[Layout], device: str) -> tuple[Passes, list[Layout | None]]:
-    """The passes of a custom call's operands, and the operands of the recurrence among these."""
+def passes_of(
+    statement: Statement, operands: Sequence[Layout], device: str, *, settled: bool = True
+) -> tuple[Passes, list[Layout | None]]:
+    """The passes of a custom call's operands, and the operands of the recurrence among these.
+
+    Chunks of time are those of the statement, unless they are not settled yet.
+    """
     left = iter(operands)
     o = [next(left) if there else None for there in statement.given]
     lengths = o[_LENGTHS]
     if lengths is not None:
         o[_LENGTHS] = Layout(lengths.shape[:1], "int64")
-    return Passes(statement.stated.call, o, device, statement.chunks), o
+    return Passes(statement.stated.call, o, device, statement.chunks if settled else None), o
 
 
 def planned(statement: Statement, operands: Sequence[Layout], results: Sequence[Layout], device: str) -> Planned:

@@ -16,6 +16,7 @@ from ... import spec
 from ...cell import Cell
 from ...errors import ArgumentError, LibraryError
 from ...inputs import Input
+from ...layer import apart
 from ...options import Options
 from . import autograd, given
 from .layer import check_recompute, every, layer
@@ -112,6 +113,8 @@ def run(
     recompute = _policy(function, options)
     lengths, mask, reset = flags
     text, n = spec.text_of(cell), len(cell.state)
+    (gates,) = (a.name for a in cell.arrays if a.kind == "gates")
+    arrays = apart(cell, arrays, projected.factors[0].shape[0] if projected else arrays[gates].shape[2])
     own = [arrays[a.name] for a in cell.arrays if a.kind not in ("gates", "state")]
     shared: dict[str, Any] = {
         "lengths": lengths,
@@ -125,8 +128,7 @@ def run(
         window, x, factors = projected.window, projected.x, projected.factors
         h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **shared)
     else:
-        (u,) = (arrays[a.name] for a in cell.arrays if a.kind == "gates")
-        h, last = autograd.recurrence(text, u, own, state, every=every(recompute), **shared)
+        h, last = autograd.recurrence(text, arrays[gates], own, state, every=every(recompute), **shared)
     return h, last if n == 1 else tuple(last)
 
 
