@@ -140,8 +140,9 @@ class Check:
                 f"with {whole}"
             )
         self.shape("lengths", array, "B")
-        if on_host or settings.debug():
-            self._in_range(self.library.to_host(array))
+        host = self.library.to_host(array) if on_host or settings.debug() else None
+        if host is not None:
+            self._in_range(host)
         return self.library.integers(array)
 
     def _lengths(self, value: Any) -> tuple[NDArray, bool]:
@@ -149,7 +150,9 @@ class Check:
         if isinstance(value, np.ndarray):
             return NUMPY.plain(self.function, "lengths", value, ""), True
         if not isinstance(value, (list, tuple)):
-            return self.plain("lengths", value), self.library.reads_values
+            array = self.plain("lengths", value)
+            own = libraries.of(array)  # in a trace some arrays have values, and some have not
+            return array, own is not None and own.reads_values
         try:
             return np.asarray(value), True
         except (ValueError, OverflowError):

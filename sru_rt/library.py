@@ -58,8 +58,8 @@ class Library(Protocol):
     def pointer(self, array: NDArray | None) -> int:
         """The address of the first element, 0 for None."""
 
-    def to_host(self, array: NDArray) -> np.ndarray[Any, Any]:
-        """As a NumPy array; waits for the device. NumPy arrays are themselves."""
+    def to_host(self, array: NDArray) -> np.ndarray[Any, Any] | None:
+        """As a NumPy array; waits for the device. NumPy arrays are themselves; None of what is traced."""
 
     def from_host(self, array: np.ndarray[Any, Any]) -> NDArray:
         """A NumPy array as one of this library, on this device."""

@@ -52,7 +52,7 @@ def recurrence(
 def of_operands(stated: Stated, o: Operands) -> tuple[Array, Array]:
     """h (L, B, D*d) and the last states of operands, differentiable."""
     h, last = _recurrence(stated, sharding.alike(o))
-    return h.reshape(*h.shape[:2], -1), last
+    return ops.side_by_side(h), last
 
 
 @partial(jax.jit, static_argnums=0)

@@ -79,7 +79,7 @@ def _jitted(
         return autodiff.of_operands(stated, (_u(window, x, factors, others), *others))
     x, *rest = sharding.alike((x, *factors, *others))
     h, last = _layer(stated, window, x, tuple(rest[: len(factors)]), tuple(rest[len(factors) :]))
-    return h.reshape(*h.shape[:2], -1), last
+    return ops.side_by_side(h), last
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

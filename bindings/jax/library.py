@@ -55,8 +55,8 @@ class Jax:
             raise LibraryError(f"{function}: {name} must be an array of JAX, as {origin} is (got {got}); {way}")
         return value
 
-    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
-        return np.asarray(array)
+    def to_host(self, array: Any) -> np.ndarray[Any, Any] | None:
+        return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
     def from_host(self, array: np.ndarray[Any, Any]) -> Array:
         return jax.device_put(array, self._device)

@@ -48,11 +48,17 @@ def beside_u(stated: Stated, dtype: Any, D: int, given: Operands) -> Operands:
         if a.side_by_side and array.ndim == 3:
             array = array.reshape(*array.shape[:2], D, array.shape[2] // D)
         own = a.kind == "inputs" and array.dtype in (dtype, jnp.bool_)
-        array = array if own else array.astype(acc)
+        array = array.astype(dtype if own else acc)
         made.append(array if a.differentiable else lax.stop_gradient(array))
     c0 = None if c0 is None else c0.astype(acc)
     mask, reset = (None if flags is None else flags.astype(bool) for flags in (mask, reset))
     return c0, None if lengths is None else _as_int32(lengths), mask, reset, *made
+
+
+def side_by_side(h: Array) -> Array:
+    """(L, B, D, d) as (L, B, D*d)."""
+    L, B, D, d = h.shape
+    return h.reshape(L, B, D * d)
 
 
 def _as_int32(lengths: Array) -> Array:

@@ -22,7 +22,7 @@ def project(
     anything, counts as zeros; so do tokens beyond an end or a boundary.
     """
     D, k, d, _ = factors[0].shape
-    first = factors[0].reshape(D * k * d, -1)
+    first = factors[0].reshape(D * k * d, factors[0].shape[3])
     x = without_padding(x, lengths, mask)
     if window == 1:
         u = _product(x, first, factors[1:])

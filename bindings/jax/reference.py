@@ -65,7 +65,7 @@ def _direction(stated: Stated, o: Sequence[Any], q: int) -> tuple[Array, Array, 
     """h (L, B, d), the last states (n, B, d), and those before each step (n, L, B, d)."""
     cell, u, c0 = spec.cell_of(stated.cell), o[0], o[1]
     (_, B, D, _, d), acc = u.shape, state_dtype(u.dtype)
-    first = zeros(u, (len(cell.state), B, d), acc) if c0 is None else c0.reshape(-1, D, B, d)[:, q]
+    first = zeros(u, (len(cell.state), B, d), acc) if c0 is None else c0.reshape(len(cell.state), D, B, d)[:, q]
     steps: dict[str, Any] = {"u": u[:, :, q].astype(acc)}
     for i, (a, array) in enumerate(zip(declared(cell), o[ARRAYS:])):
         if a.kind == "inputs":
