@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("jax", reason="needs JAX")
 
 from sru_rt.bindings import jax as binding
-from sru_rt.bindings.jax import ops, sharding
+from sru_rt.bindings.jax import autodiff, ops, reference, sharding
 
 import sru_rt
 from jax_tools import bits_64, jax, jnp, new_programs, program, run, split, to_jax, to_numpy, with_64_bits
