@@ -9,6 +9,7 @@ from .functional import minlstm as minlstm
 from .functional import own_cell as own_cell
 from .functional import qrnn as qrnn
 from .functional import sru as sru
+from .over_time import sharded_recurrence as sharded_recurrence
 from .xla import register as register
 from .xla import register_if_known as _register_if_known
 from .xla import target as target

@@ -51,7 +51,7 @@ def recurrence(
 
 def of_operands(stated: Stated, o: Operands) -> tuple[Array, Array]:
     """h (L, B, D*d) and the last states of operands, differentiable."""
-    h, last = _recurrence(stated, sharding.alike(o))
+    h, last = without_keeping(stated, sharding.alike(o))
     return ops.side_by_side(h), last
 
 
@@ -72,8 +72,8 @@ jax.tree_util.register_pytree_node(Static, lambda one: ((), one.value), lambda v
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(stated: Stated, o: Operands) -> tuple[Array, Array]:
-    """Keeps nothing where no gradient is asked for."""
+def without_keeping(stated: Stated, o: Operands) -> tuple[Array, Array]:
+    """h (L, B, D, d) and the last states; keeps nothing where no gradient is asked for."""
     h, last, _ = ops.forward(stated._replace(keep=False), o)
     return h, last
 
@@ -102,7 +102,7 @@ def _backward(stated: Stated, residual: Any, seeds: Any) -> tuple[Any]:
     return (gradients(stated, o, need.value, saved, dh, dlast),)
 
 
-_recurrence.defvjp(_recurrence_forward, _backward, symbolic_zeros=True)
+without_keeping.defvjp(_recurrence_forward, _backward, symbolic_zeros=True)
 keeping.defvjp(_keeping_forward, _backward, symbolic_zeros=True)
 
 

@@ -29,6 +29,7 @@ def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
         return core(*args, save=Recompute(recompute), **kwargs)
 
     function.__name__ = function.__qualname__ = name
+    function.__wrapped__ = core  # type: ignore[attr-defined]
     function.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
     function.__doc__ = f"""`sru_rt.{core.__name__}` on arrays of JAX, a pure function under all of its transformations.
 

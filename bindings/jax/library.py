@@ -18,16 +18,20 @@ from ...cell import Cell
 from ...errors import ArgumentError, LibraryError
 from ...inputs import Input
 from ...options import Options
-from . import autodiff
+from . import autodiff, over_time
 from .layer import check_recompute, every, layer
 from .reference import state_dtype
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the functions of this binding say in the place of `save`; see `layer.layer`."""
+    """What the functions of this binding say in the place of `save`; see `layer.layer`.
+
+    `axis` is that of a mesh along which time is divided; see `over_time`.
+    """
 
     value: bool | int | str
+    axis: Any = None
 
 
 class Jax:
@@ -98,7 +102,7 @@ def run(
     projected: Input | None,
 ) -> tuple[Any, ...]:
     """Runs a layer, or a recurrence if nothing is projected; see `sru_rt.library.Library.layer`."""
-    recompute = _policy(function, options)
+    save = _policy(function, options)
     lengths, mask, reset = flags
     text, n = spec.text_of(cell), len(cell.state)
     own = [arrays[a.name] for a in cell.arrays if a.kind not in ("gates", "state")]
@@ -110,12 +114,15 @@ def run(
         "time_parallel": options.time_parallel,
     }
     state = c0[0] if n == 1 else _stacked(c0)
-    if projected:
+    u = next((arrays[a.name] for a in cell.arrays if a.kind == "gates" and a.name in arrays), None)
+    if save.axis is not None:  # time is divided
+        u = over_time.project(function, save.axis, projected, lengths, mask, reset) if projected else u
+        h, last = over_time.recurrence(function, save.axis, text, u, own, state, every=every(save.value), **shared)
+    elif projected:
         window, x, factors = projected.window, projected.x, projected.factors
-        h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **shared)
+        h, last = layer(text, x, factors, own, state, window=window, recompute=save.value, **shared)
     else:
-        (u,) = (arrays[a.name] for a in cell.arrays if a.kind == "gates")
-        h, last = autodiff.recurrence(text, u, own, state, every=every(recompute), **shared)
+        h, last = autodiff.recurrence(text, u, own, state, every=every(save.value), **shared)
     return h, last if n == 1 else tuple(last)
 
 
@@ -128,7 +135,7 @@ def _stacked(states: Sequence[Array | None]) -> Array | None:
     return jnp.stack([jnp.zeros_like(given, dtype) if s is None else s.astype(dtype) for s in states])
 
 
-def _policy(function: str, options: Options) -> bool | int | str:
+def _policy(function: str, options: Options) -> Recompute:
     """What is to be computed again; refuses what means nothing where the framework records and allocates."""
     save = options.save
     if not isinstance(save, Recompute) and save is not False and save is not None:
@@ -139,4 +146,12 @@ def _policy(function: str, options: Options) -> bool | int | str:
     for name in ("saved_dtype", "out"):
         if getattr(options, name) is not None:
             raise ArgumentError(f"{function}: {name}= is not available for arrays of JAX; leave it out")
-    return check_recompute(function, save.value) if isinstance(save, Recompute) else False
+    if not isinstance(save, Recompute):
+        return Recompute(False)
+    check_recompute(function, save.value)
+    if save.axis is not None and save.value == "x":
+        raise ArgumentError(
+            f"{function}: recompute='x' is not available where time is divided; wrap the call in jax.checkpoint, or "
+            "give a number of steps"
+        )
+    return save

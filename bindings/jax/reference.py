@@ -66,14 +66,8 @@ def _direction(stated: Stated, o: Sequence[Any], q: int) -> tuple[Array, Array, 
     cell, u, c0 = spec.cell_of(stated.cell), o[0], o[1]
     (_, B, D, _, d), acc = u.shape, state_dtype(u.dtype)
     first = zeros(u, (len(cell.state), B, d), acc) if c0 is None else c0.reshape(len(cell.state), D, B, d)[:, q]
-    steps: dict[str, Any] = {"u": u[:, :, q].astype(acc)}
-    for i, (a, array) in enumerate(zip(declared(cell), o[ARRAYS:])):
-        if a.kind == "inputs":
-            rows = array[:, :, q].astype(acc)
-            steps[f"array {i}"] = rows if a.stacked else rows[:, :, None]
     padded, starts_anew = _flags(o, q)
-    # Padding may hold anything, and even a NaN that is not used would spoil a gradient, as 0*NaN is NaN.
-    steps = {name: jnp.where(padded[..., None], 0, rows) for name, rows in steps.items()}
+    steps = _rows(stated, o, q, padded)
 
     def step(state: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
         rows, is_padded, is_new = given
@@ -85,6 +79,46 @@ def _direction(stated: Stated, o: Sequence[Any], q: int) -> tuple[Array, Array, 
     last, (h, before) = lax.scan(step, first, (steps, padded, starts_anew), reverse=bool(q))
     before = before[::-1] if q else before
     return h, last, jnp.moveaxis(before, 1, 0)
+
+
+def product_of_jacobians(stated: Stated, o: Sequence[Any]) -> Array:
+    """What all steps make of the initial states of a cell that is affine in them: matrices (n, n, D, B, d).
+
+    Where there are flags the state is carried, or forgotten, as everywhere.
+    """
+    return jnp.stack([_product_of_jacobians(stated, o, q) for q in range(o[0].shape[2])], 2)
+
+
+def _product_of_jacobians(stated: Stated, o: Sequence[Any], q: int) -> Array:
+    cell, u = spec.cell_of(stated.cell), o[0]
+    n, (L, B, _, _, d), acc = len(cell.state), u.shape, state_dtype(u.dtype)
+    padded, starts_anew = _flags(o, q)
+    values = _values(stated, o, q, _rows(stated, o, q, padded))
+    entries = evaluate(cell.formula.jacobian, values, _OPERATIONS, lambda value: jnp.asarray(value, acc))
+    steps = jnp.stack([jnp.broadcast_to(one, (L, B, d)) for one in entries]).reshape(n, n, L, B, d)
+    same = jnp.eye(n, dtype=acc).reshape(n, n, 1, 1, 1)
+    steps = jnp.moveaxis(jnp.where(starts_anew, 0, jnp.where(padded, same, steps)), 2, 0)
+    if n == 1:
+        return steps.prod(0)
+
+    def times(found: Array, step: Array) -> tuple[Array, None]:
+        return (step[:, :, None] * found[None]).sum(1), None
+
+    return lax.scan(times, zeros(u, (n, n, B, d), acc) + same[:, :, 0], steps, reverse=bool(q))[0]
+
+
+def _rows(stated: Stated, o: Sequence[Any], q: int, padded: Array) -> dict[str, Array]:
+    """U and the inputs of every step, (L, B, members, d).
+
+    Padding may hold anything, and even a NaN that is not used would spoil a gradient, as 0*NaN is NaN.
+    """
+    acc = state_dtype(o[0].dtype)
+    steps: dict[str, Any] = {"u": o[0][:, :, q].astype(acc)}
+    for i, (a, array) in enumerate(zip(declared(spec.cell_of(stated.cell)), o[ARRAYS:])):
+        if a.kind == "inputs":
+            rows = array[:, :, q].astype(acc)
+            steps[f"array {i}"] = rows if a.stacked else rows[:, :, None]
+    return {name: jnp.where(padded[..., None], 0, rows) for name, rows in steps.items()}
 
 
 def zeros(u: Array, shape: Sequence[Any], dtype: Any) -> Array:
@@ -109,18 +143,8 @@ def _flags(o: Sequence[Any], q: int) -> tuple[Array, Array]:
 
 
 def _step(stated: Stated, o: Sequence[Any], q: int, rows: Any, state: list[Array]) -> tuple[list[Array], Array]:
-    cell = spec.cell_of(stated.cell)
-    values: dict[str, Any] = dict(zip(cell.constants, stated.call.constants))
-    values |= zip(cell.gates, jnp.moveaxis(rows["u"], 1, 0))
-    for i, (a, array) in enumerate(zip(declared(cell), o[ARRAYS:])):
-        if a.kind == "inputs":
-            values |= zip(a.members, jnp.moveaxis(rows[f"array {i}"], 1, 0))
-        elif a.kind == "per_sequence":
-            values |= zip(a.members, [array[:, q]])
-        else:
-            values |= zip(a.members, array[q])
-    values |= zip(cell.state, state)
-    like = state[0]
+    cell, like = spec.cell_of(stated.cell), state[0]
+    values = _values(stated, o, q, rows) | dict(zip(cell.state, state))
     found = evaluate(
         [*cell.formula.new_state, cell.formula.h],
         values,
@@ -129,3 +153,18 @@ def _step(stated: Stated, o: Sequence[Any], q: int, rows: Any, state: list[Array
     )
     *new, h = [jnp.broadcast_to(one, like.shape) for one in found]
     return new, h
+
+
+def _values(stated: Stated, o: Sequence[Any], q: int, rows: dict[str, Array]) -> dict[str, Any]:
+    """What a step function is given but states, of one step or of all."""
+    cell = spec.cell_of(stated.cell)
+    values: dict[str, Any] = dict(zip(cell.constants, stated.call.constants))
+    values |= zip(cell.gates, jnp.moveaxis(rows["u"], -2, 0))
+    for i, (a, array) in enumerate(zip(declared(cell), o[ARRAYS:])):
+        if a.kind == "inputs":
+            values |= zip(a.members, jnp.moveaxis(rows[f"array {i}"], -2, 0))
+        elif a.kind == "per_sequence":
+            values |= zip(a.members, [array[:, q]])
+        else:
+            values |= zip(a.members, array[q])
+    return values
