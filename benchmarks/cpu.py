@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import oracle
 import sru_rt
 
+ROOT = Path(__file__).resolve().parents[1]
 Shape = tuple[int, int, int]  # L, B, d
 PASSES = "forward", "forward + backward"
 SMALL, MIDDLE, LARGE = SHAPES = (32, 32, 128), (128, 32, 512), (512, 16, 1024)
@@ -333,7 +334,7 @@ def block(i: int, last: float) -> list[float]:
 
 
 def measure(
-    shape: Shape, threads: int, rounds: int, budget: float, prepare: Callable[..., list[Row]] = prepare
+    shape: Shape, threads: int, rounds: int, budget: float, prepare: Callable[..., list[Row]]
 ) -> dict[Row, list[float]]:
     """Seconds of every counted call. A round has one block of every row, in random order, after a pause."""
     spawn, rng = multiprocessing.get_context("spawn"), np.random.default_rng(0)
@@ -434,34 +435,51 @@ def environment(root: Path) -> dict[str, Any]:
     return {"commit": commit or "unknown", "machine": machine, "versions": versions}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    root, today, option = Path(__file__).resolve().parents[1], datetime.date.today(), parser.add_argument
-    folder = root / "benchmarks/results" if (root / ".git").exists() else Path()
+def options(description: str, name: str) -> argparse.ArgumentParser:
+    """What every benchmark of this kind takes; its results are called `name` and the date."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    folder, option = ROOT / "benchmarks/results" if (ROOT / ".git").exists() else Path(), parser.add_argument
     option("--shapes", nargs="+", metavar="L,B,d", default=[",".join(map(str, s)) for s in SHAPES])
-    option("--threads", type=int, default=2, help="of sru_rt, BLAS and torch; default: %(default)s")
+    option("--threads", type=int, default=2, help="of sru_rt, BLAS and peers; default: %(default)s")
     option("--rounds", type=int, default=7, help="blocks of each row; default: %(default)s")
     option("--budget", type=float, default=600, help="seconds for one shape; default: %(default)s")
     option("--quick", action="store_true", help="one round of the first shape")
-    option("--out", type=Path, default=folder / f"cpu-{today}.json", help="default: %(default)s")
-    option("--summary", type=Path, metavar="FILE", help="measure nothing; print the summary of an earlier run's FILE")
+    default = folder / f"{name}-{datetime.date.today()}.json"
+    option("--out", type=Path, default=default, help="default: %(default)s")
+    return parser
+
+
+def run(args: argparse.Namespace, prepare: Callable[..., list[Row]], **environment_of_processes: str) -> dict[str, Any]:
+    """Measures what `prepare` makes for each shape; returns the report."""
+    for library in ("OPENBLAS", "MKL", "OMP"):  # read when a measuring process loads them
+        os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
+    os.environ |= environment_of_processes
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`
+    rows, report, load = [], {"date": str(datetime.date.today()), **environment(ROOT)}, os.getloadavg()
+    for text in args.shapes[:1] if args.quick else args.shapes:
+        shape = tuple(map(int, text.split(",")))
+        rows += results(shape, measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget, prepare))
+        print(f"{text} done", file=sys.stderr)
+    return report | {"threads": args.threads, "load": [load, os.getloadavg()], "rows": rows}
+
+
+def finish(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    """Writes and prints a report; returns the status of the command."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report["rows"]), f"\nwritten: {args.out}")
+    return int(any(row["fault"].startswith("no speed") for row in report["rows"]))
+
+
+def main() -> int:
+    parser = options(__doc__, "cpu")
+    text = "measure nothing; print the summary of an earlier run's FILE"
+    parser.add_argument("--summary", type=Path, metavar="FILE", help=text)
     args = parser.parse_args()
     if args.summary:
         print(summary(json.loads(args.summary.read_text())["rows"]))
         return 0
-    for library in ("OPENBLAS", "MKL", "OMP"):  # read when a measuring process loads them
-        os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
-    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`
-    rows, report, load = [], {"date": str(today), **environment(root)}, os.getloadavg()
-    for text in args.shapes[:1] if args.quick else args.shapes:
-        shape = tuple(map(int, text.split(",")))
-        rows += results(shape, measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget))
-        print(f"{text} done", file=sys.stderr)
-    report |= {"threads": args.threads, "load": [load, os.getloadavg()], "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(rows), f"\nwritten: {args.out}")
-    return int(any(row["fault"].startswith("no speed") for row in rows))
+    return finish(args, run(args, prepare))
 
 
 if __name__ == "__main__":

@@ -6,21 +6,15 @@ with float64 first. Then what the operator alone costs where there is next to no
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
-import json
-import os
 import statistics
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import cpu
 import torch
-from cpu import ALPHA, PASSES, ROWS, SHAPES, TARGETS, Layer, Row, Shape, torch_calls
+from cpu import ALPHA, PASSES, ROWS, TARGETS, Layer, Row, Shape, torch_calls
 from sru_rt.bindings.torch import MinGRU, SRUCell
 from sru_rt.bindings.torch.autograd import recurrence
 
@@ -98,36 +92,14 @@ def overhead(rounds: int = 20, calls: int = 2000) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    root, today, option = Path(__file__).resolve().parents[1], datetime.date.today(), parser.add_argument
-    folder = root / "benchmarks/results" if (root / ".git").exists() else Path()
-    option("--shapes", nargs="+", metavar="L,B,d", default=[",".join(map(str, s)) for s in SHAPES])
-    option("--threads", type=int, default=2, help="of sru_rt and torch; default: %(default)s")
-    option("--rounds", type=int, default=7, help="blocks of each row; default: %(default)s")
-    option("--budget", type=float, default=600, help="seconds for one shape; default: %(default)s")
-    option("--quick", action="store_true", help="one round of the first shape")
-    option("--out", type=Path, default=folder / f"torch-cpu-{today}.json", help="default: %(default)s")
-    args = parser.parse_args()
-    for library in ("OPENBLAS", "MKL", "OMP", "SRU_RT"):
-        os.environ[f"{library}_NUM_THREADS"] = str(args.threads)
-    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, for `sru`
-    rows, report, load = [], {"date": str(today), **cpu.environment(root)}, os.getloadavg()
-    for text in args.shapes[:1] if args.quick else args.shapes:
-        shape = tuple(map(int, text.split(",")))
-        rows += cpu.results(
-            shape, cpu.measure(shape, args.threads, 1 if args.quick else args.rounds, args.budget, prepare)
-        )
-        print(f"{text} done", file=sys.stderr)
-    operator = overhead(*((2, 200) if args.quick else ()))
-    report |= {"threads": args.threads, "load": [load, os.getloadavg()], "rows": rows, "operator": operator}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(cpu.table(rows))
+    args = cpu.options(__doc__, "torch-cpu").parse_args()
+    report = cpu.run(args, prepare, SRU_RT_NUM_THREADS="")
+    report["operator"] = overhead(*((2, 200) if args.quick else ()))
+    status = cpu.finish(args, report)
     print("\n| the operator at (2, 1, 4) | median us | min us |\n| --- | --- | --- |")
-    for name, found in operator.items():
+    for name, found in report["operator"].items():
         print(f"| {name} | {found['median_us']} | {found['min_us']} |")
-    print(f"written: {args.out}")
-    return int(any(row["fault"].startswith("no speed") for row in rows))
+    return status
 
 
 if __name__ == "__main__":
