@@ -16,7 +16,9 @@ from jax_tools import script
 PROGRAM = Path(__file__).resolve().parent / "jax_on_devices.py"
 
 
-@pytest.mark.parametrize("what", ["jit", "shard_map"])
-@pytest.mark.parametrize(("devices", "directions"), [(1, 1), (2, 2), (4, 1)])
-def test_on_devices(devices, directions, what, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "devices", "directions"),
+    [("jit", 1, 1), ("jit", 2, 2), ("jit", 4, 1), ("shard_map", 2, 1), ("shard_map", 4, 2)],
+)
+def test_on_devices(what, devices, directions, tmp_path):
     assert script(PROGRAM, what, directions, folder=tmp_path, devices=devices).endswith("done\n")
