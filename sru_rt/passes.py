@@ -16,6 +16,7 @@ from .cell import Array, Cell
 from .check import Check
 from .dtypes import IO_DTYPES, name_of, state_dtype
 from .errors import ArgumentError, DtypeError, ShapeError
+from .launch import Threads
 from .prepared import Prepared, place
 from .variant import Variant
 
@@ -120,14 +121,18 @@ def check(call: Call, cell: Cell, o: Sequence[Any]) -> Check:
 class Passes:
     """The passes of one call on operands, each a `Layout` or None, on ``cpu`` or such as ``cuda:0``.
 
+    On the CPU they run on the library's own threads unless others are given.
+
     Raises:
         ShapeError, DtypeError, ArgumentError: the operands do not fit the cell or each other.
     """
 
-    def __init__(self, call: Call, operands: Sequence[Any], device: str = "cpu") -> None:
+    def __init__(
+        self, call: Call, operands: Sequence[Any], device: str = "cpu", threads: Threads | None = None
+    ) -> None:
         cell = spec.cell_of(call.cell)
         self._check = check(call, cell, operands)
-        self._call, self._cell, self._device = call, cell, device
+        self._call, self._cell, self._device, self._threads = call, cell, device, threads
         self._o = operands
         self._u = operands[0]
         self._shape = (self._check["L"], self._check["B"], self._check["D"], self._check["d"])
@@ -152,7 +157,7 @@ class Passes:
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self._call.keep else 0, self._kept * B * D * d),
         )
-        return Pass(Prepared(self._variant, arguments, self._device), results)
+        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
 
     def backward(self, saved: Layout, dh: Layout, dlast: Layout | None, need: Sequence[bool]) -> Pass:
         """Args:
@@ -194,7 +199,7 @@ class Passes:
             dc0=self._each(dc0, D * B * d),
             saved_chunk=self._forward_chunk,
         )
-        return Pass(Prepared(self._variant, arguments, self._device), results)
+        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
 
     def _places(self, n: int) -> list[int]:
         """Of operands and results; constants come before them."""
