@@ -84,7 +84,7 @@ def chunk(
     return chunks.length(variant, sizes, forward, time_parallel, launch_gpu.device_facts(int(number or 0)))
 
 
-def _tasks(given: abi.Given, threads: Threads | None) -> int:
+def _tasks(given: abi.Given, threads: Threads | None = None) -> int:
     elements = given.L * given.B * given.D * given.d
     if threads:
         return max(1, min(threads.number, elements // _ELEMENTS_PER_AWAKE_TASK))

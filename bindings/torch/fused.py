@@ -6,7 +6,7 @@ x through a highway is where the product that makes the rest of it adds up.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,6 @@ class _Plan(NamedTuple):
     highway: int | None  # the place of x among the operands beside U
 
 
-_plans: dict[Hashable, _Plan] = {}
-
-
 def layer(call: Call, x: Tensor, factor: Tensor, others: Operands) -> tuple[Tensor, Tensor]:
     """h (L, B, D*d) and the last states, of tensors for which `autograd.is_eager` holds.
 
@@ -40,14 +37,14 @@ def layer(call: Call, x: Tensor, factor: Tensor, others: Operands) -> tuple[Tens
         factor: W, (D, k, d, n), in the dtype of x.
         others: the operands beside U. An array that is None is x itself as (L, B, D, d).
     """
-    key = (call.plan, native.layout(x, factor, *others))
-    plan = _plans.get(key)
+    key = ("layer", call.plan, native.layout(x, factor, *others))
+    plan = native.known(key)
     if plan is None:
         x, factor = x.contiguous().resolve_neg(), factor.resolve_neg()
         highway = next((i for i, t in enumerate(others) if t is None and i >= _FIRST), None)
         others = _converted(call, x, factor, others, highway)
-        key = (call.plan, native.layout(x, factor, *others))
-        plan = _plans.get(key) or native.remember(_plans, key, _make(call, x, factor, others, highway))
+        key = ("layer", call.plan, native.layout(x, factor, *others))
+        plan = native.known(key) or native.remember(key, _make(call, x, factor, others, highway))
     if call.keep:
         return _apply(call, plan, x, factor, *others)
     h, last, *_ = _forward(call, plan, x, factor, others)

@@ -74,7 +74,7 @@ class _Result(NamedTuple):
     is_large: bool  # and on the host
 
 
-_plans: dict[Hashable, Plan] = {}
+_plans: dict[Hashable, Any] = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def forward_plan(call: Call, given: Operands) -> Plan | None:
 
 def make_forward_plan(call: Call, o: Operands) -> Plan:
     """The plan for operands."""
-    return remember(_plans, (call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
+    return remember((call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
 
 
 def forward(plan: Plan, call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -165,7 +165,7 @@ def backward(
         plan = _plans.get(key)
     if plan is None:
         layouts = [_layout_of(t) for t in (saved, dh, dlast)]
-        plan = remember(_plans, key, _plan(_passes(call, o).backward(*layouts, need), o[0]))
+        plan = remember(key, _plan(_passes(call, o).backward(*layouts, need), o[0]))
     made = _allocate(o[0], plan.results)
     found = gradients_like(o, need)
     plan.run(call.constants, *o, saved, dh, dlast, *found, *made)
@@ -178,11 +178,16 @@ def gradients_like(o: Operands, need: Sequence[bool]) -> list[Tensor | None]:
     return [_empty_like(t) if need[i] and (not i or i >= ARRAYS) else None for i, t in enumerate(o)]
 
 
-def remember(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> Any:
-    """The plan, or one that another thread was faster with. Few plans are worth the memory of many."""
-    if len(plans) >= _MOST_PLANS:
-        plans.clear()
-    return plans.setdefault(key, plan)
+def known(key: Hashable) -> Any:
+    """What has been remembered under a key, else None."""
+    return _plans.get(key)
+
+
+def remember(key: Hashable, plan: Any) -> Any:
+    """The plan, or one that another thread was faster with."""
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    return _plans.setdefault(key, plan)
 
 
 def _passes(call: Call, o: Operands) -> Passes:
