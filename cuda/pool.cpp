@@ -21,6 +21,25 @@ struct Pool {
 // one's condition variables still count workers that are gone.
 Pool *pool = new Pool;
 
+// The entry points of an OpenMP runtime (GCC's, or LLVM's, which has them, too).
+struct OpenMP {
+  void (*parallel)(void (*body)(void *), void *argument, unsigned threads, unsigned flags);
+  int (*thread)(), (*threads)();
+} openmp;
+
+struct Job {
+  Task task;
+  void *argument;
+  int tasks;
+};
+
+// What each thread of a team does; the team may be smaller than was asked for.
+void share_of_job(void *given) {
+  const Job *const job = static_cast<Job *>(given);
+  const int step = openmp.threads();
+  for (int i = openmp.thread(); i < job->tasks; i += step) job->task(job->argument, i);
+}
+
 // Takes tasks until none is left. The lock is held on entry and on return.
 void work_off(Pool *p) {
   while (p->next < p->tasks) {
@@ -56,7 +75,10 @@ void have_workers(Pool *p, int wanted) {
 
 void before_fork() { pthread_mutex_lock(&pool->lock); }
 void after_fork_in_parent() { pthread_mutex_unlock(&pool->lock); }
-void after_fork_in_child() { pool = new Pool; }
+void after_fork_in_child() {
+  pool = new Pool;
+  openmp.parallel = nullptr;  // whose threads are gone, too, but it would wait for them
+}
 
 struct ForkHandlers {
   ForkHandlers() { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
@@ -82,4 +104,19 @@ extern "C" __attribute__((visibility("default"))) void parallel_for(Task task, v
   work_off(p);
   while (p->unfinished > 0) pthread_cond_wait(&p->finished, &p->lock);
   pthread_mutex_unlock(&p->lock);
+}
+
+// The OpenMP runtime of a framework, for parallel_for_openmp.
+extern "C" __attribute__((visibility("default"))) void use_openmp(void *parallel, void *thread, void *threads) {
+  openmp.thread = reinterpret_cast<int (*)()>(thread);
+  openmp.threads = reinterpret_cast<int (*)()>(threads);
+  openmp.parallel = reinterpret_cast<void (*)(void (*)(void *), void *, unsigned, unsigned)>(parallel);
+}
+
+// As parallel_for, on the threads of the runtime that use_openmp was given. After a product these are awake, and wait
+// for work for a while without sleeping: other threads would have to share the cores with them.
+extern "C" __attribute__((visibility("default"))) void parallel_for_openmp(Task task, void *argument, int n) {
+  if (!openmp.parallel) return parallel_for(task, argument, n);
+  Job job = {task, argument, n};
+  openmp.parallel(share_of_job, &job, n, 0);
 }

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import abi, cache, settings, source
 from .cell import Cell
@@ -241,4 +242,23 @@ def kernel(cell: Cell, dtype: str, saved_dtype: str, wide: int) -> Kernel:
 @functools.cache
 def pool() -> int:
     """Address of the thread pool's `parallel_for`."""
-    return ctypes.cast(load(source.pool(), "parallel_for").parallel_for, ctypes.c_void_p).value or 0
+    return _address(_pool().parallel_for)
+
+
+@functools.cache
+def openmp_pool(library: ctypes.CDLL) -> int:
+    """Address of a `parallel_for` on the threads of an OpenMP runtime that `library` is or is linked with.
+
+    Raises AttributeError if there is none.
+    """
+    entries = [_address(getattr(library, n)) for n in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    _pool().use_openmp(*map(ctypes.c_void_p, entries))
+    return _address(_pool().parallel_for_openmp)
+
+
+def _pool() -> ctypes.CDLL:
+    return load(source.pool(), "parallel_for", "use_openmp", "parallel_for_openmp")
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -17,6 +17,7 @@ from .variant import Variant
 
 # Below this many elements of h per task, waking a thread costs more than it saves.
 _ELEMENTS_PER_TASK = 1 << 17
+_ELEMENTS_PER_AWAKE_TASK = 1 << 15  # of a framework, whose products have just used its threads
 
 
 def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu", stream: int = 0) -> None:
@@ -40,13 +41,11 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
     sweep(variant.cell, variant.dtype, variant.saved_dtype, variant.wide, arguments)  # type: ignore[arg-type]
 
 
-def bound(variant: Variant, arguments: abi.Forward | abi.Backward) -> Callable[[bytes], None] | None:
-    """The CPU's kernel for calls with such arguments, which takes them packed; None where NumPy is to do the work."""
-    found = entry(variant, arguments)
-    if found is None:
-        return None
-    function, pool, tasks = found
-    return lambda packed: function(packed, pool, tasks)
+class Threads(NamedTuple):
+    """Threads of a framework: the address of its `parallel_for` (see cuda/pool.cpp), and how many it has."""
+
+    parallel_for: int
+    number: int
 
 
 class Entry(NamedTuple):
@@ -57,14 +56,30 @@ class Entry(NamedTuple):
     tasks: int
 
 
-def entry(variant: Variant, arguments: abi.Forward | abi.Backward) -> Entry | None:
-    """The CPU's kernel for calls with such arguments; None where NumPy is to do the work."""
+def entry(variant: Variant, arguments: abi.Forward | abi.Backward, threads: Threads | None = None) -> Entry | None:
+    """The CPU's kernel for calls with such arguments; None where NumPy is to do the work.
+
+    It runs on the library's own threads unless others are given.
+    """
     kernel = _kernel(variant)
     if kernel is None:
         return None
-    tasks = _tasks(arguments.given)
-    pool = compile_cpu.pool() if tasks > 1 else None
+    tasks = _tasks(arguments.given, threads)
+    pool = None
+    if tasks > 1:
+        pool = threads.parallel_for if threads else compile_cpu.pool()
     return Entry(kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward, pool, tasks)
+
+
+def bound(
+    variant: Variant, arguments: abi.Forward | abi.Backward, threads: Threads | None = None
+) -> Callable[[bytes], None] | None:
+    """The same as a function of the packed arguments."""
+    found = entry(variant, arguments, threads)
+    if found is None:
+        return None
+    function, pool, tasks = found
+    return lambda packed: function(packed, pool, tasks)
 
 
 def has_kernel(variant: Variant) -> bool:
@@ -95,8 +110,10 @@ def chunk(
     return chunks.length(variant, sizes, forward, time_parallel, launch_gpu.device_facts(int(number or 0)))
 
 
-def _tasks(given: abi.Given) -> int:
+def _tasks(given: abi.Given, threads: Threads | None = None) -> int:
     elements = given.L * given.B * given.D * given.d
+    if threads:
+        return max(1, min(threads.number, elements // _ELEMENTS_PER_AWAKE_TASK))
     return max(1, min(settings.num_threads(), elements // _ELEMENTS_PER_TASK))
 
 

@@ -36,9 +36,9 @@ class _Block:
     def __del__(self) -> None:
         try:
             _free.append(self.memory)
-            limit = settings.pool_bytes()
-            while sum(block.nbytes for block in tuple(_free)) > limit:
-                _free.pop(0)
+            excess = sum([block.nbytes for block in _free]) - settings.pool_bytes()
+            while excess > 0:
+                excess -= _free.pop(0).nbytes
         except (ArgumentError, AttributeError, IndexError, TypeError):
             return  # a setting that empty() complains of, the end of the interpreter, or a block that another took
 
@@ -46,14 +46,18 @@ class _Block:
 def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
     """An uninitialised C-contiguous array that begins at a multiple of a cache line."""
     nbytes = prod(shape) * dtype.itemsize
-    memory = np.asarray(_take(nbytes + _ALIGNMENT)) if nbytes >= _LARGE else np.empty(nbytes + _ALIGNMENT, np.uint8)
+    memory = np.asarray(_take(nbytes))[:nbytes] if nbytes >= _LARGE else _aligned(nbytes)
+    return memory.view(dtype).reshape(shape)
+
+
+def _aligned(nbytes: int) -> NDArray:
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    return memory[start : start + nbytes]
 
 
 def _take(nbytes: int) -> _Block:
     """A free block that is large enough and not much too large, else a fresh one."""
-    settings.pool_bytes()
     for i in range(len(_free) - 1, -1, -1):
         try:
             block = _free.pop(i)
@@ -62,7 +66,8 @@ def _take(nbytes: int) -> _Block:
         if nbytes <= block.nbytes <= nbytes + nbytes // 8:
             return _Block(block)
         _free.insert(i, block)
-    return _Block(np.empty(nbytes, np.uint8))
+    settings.pool_bytes()  # complains of a bad value
+    return _Block(_aligned(nbytes))
 
 
 class Workspace(threading.local):

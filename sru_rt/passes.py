@@ -16,6 +16,7 @@ from .cell import Array, Cell
 from .check import Check
 from .dtypes import IO_DTYPES, name_of, state_dtype
 from .errors import ArgumentError, DtypeError, ShapeError
+from .launch import Threads
 from .prepared import Prepared, place
 from .variant import Variant
 
@@ -123,17 +124,24 @@ class Passes:
     Args:
         chunks: steps of the chunks of time of forward and backward, 0 for none, where they are settled already. With
             them no axis need be a number to ask for what a pass allocates.
+        threads: of a framework, on which they run on the CPU; the library's own if None.
 
     Raises:
         ShapeError, DtypeError, ArgumentError: the operands do not fit the cell or each other.
     """
 
     def __init__(
-        self, call: Call, operands: Sequence[Any], device: str = "cpu", chunks: tuple[int, int] | None = None
+        self,
+        call: Call,
+        operands: Sequence[Any],
+        device: str = "cpu",
+        *,
+        chunks: tuple[int, int] | None = None,
+        threads: Threads | None = None,
     ) -> None:
         cell = spec.cell_of(call.cell)
         self._check = check(call, cell, operands)
-        self._call, self._cell, self._device = call, cell, device
+        self._call, self._cell, self._device, self._threads = call, cell, device, threads
         self._o = operands
         self._u = operands[0]
         self._shape = (self._check["L"], self._check["B"], self._check["D"], self._check["d"])
@@ -173,7 +181,7 @@ class Passes:
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self._call.keep else 0, self._kept * B * D * d),
         )
-        return Pass(Prepared(self._variant, arguments, self._device), results)
+        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
 
     def backward(self, saved: Layout, dh: Layout, dlast: Layout | None, need: Sequence[bool]) -> Pass:
         """Args:
@@ -207,7 +215,7 @@ class Passes:
             dc0=self._each(dc0, D * B * d),
             saved_chunk=self._forward_chunk,
         )
-        return Pass(Prepared(self._variant, arguments, self._device), results)
+        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
 
     def allocated_by_backward(self) -> list[Layout | None]:
         """The results of `backward`."""

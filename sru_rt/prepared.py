@@ -39,15 +39,24 @@ class Prepared:
 
     Args:
         arguments: with `place(i)` in place of the i-th address or constant. Addresses that are 0 are not there.
-        device, stream: as for `launch.run`.
+        device: as for `launch.run`.
+        threads: as for `launch.bound`.
     """
 
-    def __init__(self, variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        arguments: abi.Forward | abi.Backward,
+        device: str = "cpu",
+        threads: launch.Threads | None = None,
+    ) -> None:
         self._variant, self._arguments, self._device = variant, arguments, device
         values = abi.values(arguments)
         self._parts = [divmod(v, _PLACE) if isinstance(v, int) else (0, v) for v in values]
+        self._values = [rest for _, rest in self._parts]
+        self._places = [(field, number - 1, rest) for field, (number, rest) in enumerate(self._parts) if number]
         self._pack = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
-        self._kernel = launch.bound(variant, arguments) if device == "cpu" else None
+        self._kernel = launch.bound(variant, arguments, threads) if device == "cpu" else None
 
     def entry(self) -> launch.Entry | None:
         """The CPU's kernel, for callers in other languages; None where NumPy is to do the work."""
@@ -74,8 +83,10 @@ class Prepared:
         if self._kernel is None:
             launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
             return
-        found = (0, *addresses)
-        self._kernel(self._pack(*[found[i] + rest if rest else found[i] for i, rest in self._parts]))
+        values = self._values.copy()
+        for field, number, rest in self._places:
+            values[field] = addresses[number] + rest if rest else addresses[number]
+        self._kernel(self._pack(*values))
 
 
 def _filled(value: Any, addresses: Sequence[float]) -> Any:

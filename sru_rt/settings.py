@@ -60,12 +60,19 @@ def num_threads() -> int:
     return os.cpu_count() or 1
 
 
+def asks_for_threads() -> bool:
+    """Whether SRU_RT_NUM_THREADS is set."""
+    return bool(os.environ.get("SRU_RT_NUM_THREADS", "").strip())
+
+
 def pool_bytes() -> int:
     """SRU_RT_POOL_MB: how much freed memory is kept for the next arrays, in MiB (default 512); 0 keeps none."""
-    value = os.environ.get("SRU_RT_POOL_MB", "")
-    if value and not value.isdecimal():
+    value = os.environ.get("SRU_RT_POOL_MB")
+    if not value:
+        return 512 << 20
+    if not value.isdecimal():
         raise ArgumentError(f"SRU_RT_POOL_MB must be a number of MiB (got {value!r}); unset it for the default")
-    return int(value or 512) << 20
+    return int(value) << 20
 
 
 def plan_text() -> str:

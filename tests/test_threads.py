@@ -48,7 +48,7 @@ class Cuts:
         self.seen = []
         monkeypatch.setattr(launch, "_ELEMENTS_PER_TASK", 1)
         tasks = launch._tasks
-        monkeypatch.setattr(launch, "_tasks", lambda given: self.seen.append(tasks(given)) or self.seen[-1])
+        monkeypatch.setattr(launch, "_tasks", lambda *given: self.seen.append(tasks(*given)) or self.seen[-1])
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def passes_of(
     lengths = o[_LENGTHS]
     if lengths is not None:
         o[_LENGTHS] = Layout(lengths.shape[:1], "int64")
-    return Passes(statement.stated.call, o, device, statement.chunks if settled else None), o
+    return Passes(statement.stated.call, o, device, chunks=statement.chunks if settled else None), o
 
 
 def _check_dtypes(statement: Statement, arrays: Sequence[Layout | None]) -> None:

@@ -58,7 +58,7 @@ def recurrence(
     call = Call(cell, tuple(constants), every, str(time_parallel), records(u, c0, *arrays))
     plan, o = _planned(call, given)
     if call.keep:
-        return _Eager.apply(call, plan, *o)
+        return _apply(call, plan, *o)
     h, last, _ = native.forward(plan, call, o)
     return h, last
 
@@ -74,10 +74,12 @@ def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether tensors have values, and no transformation is at work that wants to see what is done to them."""
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
         if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
             return False
-    return not (_is_transformed() or torch.compiler.is_compiling())
+    return not _is_transformed()
 
 
 def _is_transformed() -> bool:
@@ -140,6 +142,11 @@ class _Eager(Function):
     def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None) -> Any:
         *o, saved = ctx.saved_tensors
         return None, None, *gradients(ctx.call, ctx.needs_input_grad[2:], tuple(o), saved, dh, dlast)
+
+
+# Without what the method of Function does for tensors that outlived a transformation of torch.func, which costs as much
+# as the rest of a call.
+_apply: Any = super(Function, _Eager).apply
 
 
 class _Traced(ReverseMode):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...passes import Call
-from . import autograd, native, ops
+from . import autograd, fused, native, ops
 from .autograd import recurrence
-from .projection import as_autocast, project, without_autocast
+from .projection import as_autocast, project, rows, seen, without_autocast, without_padding
 
 # Steps between kept states where the caller leaves it to us: as in the core.
 _EVERY = 32
@@ -22,7 +22,7 @@ def layer(
     cell: str,
     x: Tensor,
     factors: Sequence[Tensor],
-    arrays: Sequence[Tensor] = (),
+    arrays: Sequence[Tensor | None] = (),
     c0: Tensor | None = None,
     *,
     window: int = 1,
@@ -40,13 +40,26 @@ def layer(
         factors: the weight (D, k, d, window*d_in), or a pair (P, Q) of (D, k, d, p) and (p, window*d_in).
         recompute: what the backward computes again: False nothing, K >= 1 all states but every K-th, True these with
             K = 32, "x" these and U.
-        arrays, c0, lengths, mask, reset, constants, time_parallel: as `autograd.recurrence`.
+        arrays: as `autograd.recurrence` has them; None in the place of one is x itself as (L, B, D, d).
+        c0, lengths, mask, reset, constants, time_parallel: as `autograd.recurrence`.
 
     Returns:
         h (L, B, D*d), and the last states, like c0.
     """
+    D, _, d, _ = factors[0].shape
+    flags = (lengths, mask, reset)
+    if recompute != "x" and (window == 1 or D == 1) and autograd.is_eager(x, *factors, c0, *flags, *arrays):
+        x = without_padding(x, lengths, mask)
+        tokens = as_autocast(x)
+        tokens = rows(tokens if window == 1 else seen(tokens, window, reset), factors)
+        if tokens is not x:
+            arrays = _filled(arrays, x, D, d)
+        factor = as_autocast(factors[0])
+        keep = autograd.records(tokens, factor, c0, *arrays)
+        call = Call(cell, tuple(constants), every(recompute), str(time_parallel), keep)
+        return fused.layer(call, tokens, factor, (c0, *flags, *arrays))
+    arrays = _filled(arrays, x, D, d)
     if recompute == "x":
-        flags = (lengths, mask, reset)
         return _forming_u_again(
             cell, x, tuple(factors), tuple(arrays), c0, window, flags, tuple(constants), str(time_parallel)
         )
@@ -63,6 +76,11 @@ def layer(
         every=every(recompute),
         time_parallel=time_parallel,
     )
+
+
+def _filled(arrays: Sequence[Tensor | None], x: Tensor, D: int, d: int) -> list[Tensor]:
+    """The arrays with x in the places of None."""
+    return [x.reshape(*x.shape[:2], D, d) if a is None else a for a in arrays]
 
 
 def every(recompute: bool | int | str) -> int:

@@ -6,24 +6,29 @@ is recorded here. What depends on shapes, dtypes and devices is worked out once 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Hashable, Sequence
+from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ... import memory, passes, spec
+from ... import compile_cpu, memory, passes, settings, spec
 from ...cell import Cell
 from ...dtypes import IO_DTYPES, name_of
-from ...errors import ArgumentError, LibraryError
+from ...errors import ArgumentError, CompileError, LibraryError
+from ...launch import Threads
 from ...passes import ARRAYS, Call, Layout, Pass, Passes, declared, shape_of_h
 from ...prepared import Prepared
 
 Operands = tuple[Any, ...]
 
 _DTYPES = {name: getattr(torch, name) for name in IO_DTYPES}
+_NUMPY = {dtype: np.dtype(name.replace("bfloat16", "int16")) for name, dtype in _DTYPES.items()}
 _MOST_PLANS = 4096
 _LARGE = 1 << 20  # bytes from which on memory is the core's
 
@@ -69,7 +74,7 @@ class _Result(NamedTuple):
     is_large: bool  # and on the host
 
 
-_plans: dict[Hashable, Plan] = {}
+_plans: dict[Hashable, Any] = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def forward_plan(call: Call, given: Operands) -> Plan | None:
 
 def make_forward_plan(call: Call, o: Operands) -> Plan:
     """The plan for operands."""
-    return _remember((call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
+    return remember((call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
 
 
 def forward(plan: Plan, call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -160,7 +165,7 @@ def backward(
         plan = _plans.get(key)
     if plan is None:
         layouts = [_layout_of(t) for t in (saved, dh, dlast)]
-        plan = _remember(key, _plan(_passes(call, o).backward(*layouts, need), o[0]))
+        plan = remember(key, _plan(_passes(call, o).backward(*layouts, need), o[0]))
     made = _allocate(o[0], plan.results)
     found = gradients_like(o, need)
     plan.run(call.constants, *o, saved, dh, dlast, *found, *made)
@@ -173,7 +178,13 @@ def gradients_like(o: Operands, need: Sequence[bool]) -> list[Tensor | None]:
     return [_empty_like(t) if need[i] and (not i or i >= ARRAYS) else None for i, t in enumerate(o)]
 
 
-def _remember(key: Hashable, plan: Plan) -> Plan:
+def known(key: Hashable) -> Any:
+    """What has been remembered under a key, else None."""
+    return _plans.get(key)
+
+
+def remember(key: Hashable, plan: Any) -> Any:
+    """The plan, or one that another thread was faster with."""
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     return _plans.setdefault(key, plan)
@@ -181,7 +192,26 @@ def _remember(key: Hashable, plan: Plan) -> Plan:
 
 def _passes(call: Call, o: Operands) -> Passes:
     check(call, spec.cell_of(call.cell), o)
-    return Passes(call, [_layout_of(t) for t in o], str(_gpu(o[0]) or "cpu"))
+    return Passes(call, [_layout_of(t) for t in o], str(_gpu(o[0]) or "cpu"), threads=_threads())
+
+
+def _threads() -> Threads | None:
+    """PyTorch's own threads, unless others are asked for or it has none that can be used."""
+    if settings.asks_for_threads():
+        return None
+    openmp = _openmp()
+    return Threads(openmp, torch.get_num_threads()) if openmp else None
+
+
+@cache
+def _openmp() -> int:
+    """The address of a `parallel_for` on PyTorch's threads; 0 if it has no OpenMP, or nothing can be compiled."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            return compile_cpu.openmp_pool(ctypes.CDLL(str(library)))
+        except (AttributeError, CompileError, OSError):
+            continue
+    return 0
 
 
 def _layout_of(tensor: Tensor | None) -> Layout | None:
@@ -201,6 +231,11 @@ def _result(layout: Layout, like: torch.dtype, on_host: bool) -> _Result:
     return _Result(layout.shape, None if dtype == like else dtype, is_large)
 
 
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised memory of a dtype and on a device, large memory on the host from the core."""
+    return _empty(like, shape, None, like.is_cpu and prod(shape) * like.element_size() >= _LARGE)
+
+
 def _allocate(u: Tensor, results: Sequence[_Result | None]) -> list[Any]:
     return [r if r is None else _empty(u, r.shape, r.dtype, r.is_large) for r in results]
 
@@ -208,8 +243,8 @@ def _allocate(u: Tensor, results: Sequence[_Result | None]) -> list[Any]:
 def _empty(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, is_large: bool) -> Tensor:
     if is_large:  # in memory that the core keeps for the next call, as fresh pages cost as much as a pass over them
         dtype = dtype or u.dtype
-        block = memory.empty((prod(shape) * dtype.itemsize,), np.dtype(np.uint8))
-        return torch.from_numpy(block).view(dtype).view(shape)
+        found = torch.from_numpy(memory.empty(shape, _NUMPY[dtype]))
+        return found.view(dtype) if dtype == torch.bfloat16 else found
     return u.new_empty(shape) if dtype is None else u.new_empty(shape, dtype=dtype)
 
 

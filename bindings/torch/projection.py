@@ -25,15 +25,26 @@ def project(
     anything, counts as zeros; so do tokens beyond an end or a boundary.
     """
     D, k, d, _ = factors[0].shape
-    first = factors[0].flatten(0, 2)
     x = without_padding(x, lengths, mask)
     if window == 1:
-        return _product(x, first, factors[1:]).unflatten(-1, (D, k, d))
+        return torch.matmul(rows(x, factors), matrix(factors[0])).unflatten(-1, (D, k, d))
     u = [
-        _product(_seen(x, window, reset, reverse=bool(q)), first[q * k * d : (q + 1) * k * d], factors[1:])
+        torch.matmul(rows(seen(x, window, reset, reverse=bool(q)), factors), matrix(factors[0][q : q + 1]))
         for q in range(D)
     ]
     return torch.stack([one.unflatten(-1, (k, d)) for one in u], 2)
+
+
+def rows(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """What the last factor of the weight is given."""
+    for factor in factors[1:]:
+        x = F.linear(x, factor)
+    return x
+
+
+def matrix(first: Tensor) -> Tensor:
+    """A factor (D, k, d, n) as a matrix (n, D*k*d); a copy if its channels are not the rows of one."""
+    return first.permute(3, 0, 1, 2).flatten(1)
 
 
 def without_padding(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -46,13 +57,7 @@ def without_padding(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> T
     return torch.where(absent[..., None], x.new_zeros(()), x)
 
 
-def _product(rows: Tensor, first: Tensor, inner: Sequence[Tensor]) -> Tensor:
-    for factor in inner:
-        rows = F.linear(rows, factor)
-    return F.linear(rows, first)
-
-
-def _seen(x: Tensor, window: int, reset: Tensor | None, reverse: bool) -> Tensor:
+def seen(x: Tensor, window: int, reset: Tensor | None, reverse: bool = False) -> Tensor:
     """The last tokens of each step side by side, oldest first, (L, B, window*d_in); of the reverse, the next ones."""
     # A token is seen if no boundary lies between it and the step, so if both come after as many.
     piece = None if reset is None else reset.to(torch.int64).cumsum(0)
@@ -75,10 +80,15 @@ def _shifted(x: Tensor, back: int, reverse: bool) -> Tensor:
 def as_autocast(tensor: Tensor) -> Tensor:
     """What a product is given, in the dtype in which it is formed."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return tensor
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(kind)) if eligible else tensor
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    return (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -134,7 +134,7 @@ class QRNN(Stack):
     def _recipe(self, k: int) -> Recipe:
         return self._with_zoneout[k] if self._with_zoneout and self.training else self._recipes[k]
 
-    def _array(self, k: int, name: str, x: Tensor, values: Mapping[str, Any]) -> Tensor:
+    def _array(self, k: int, name: str, x: Tensor, values: Mapping[str, Any]) -> Tensor | None:
         if name != "zoneout_mask":
             return super()._array(k, name, x, values)
         mask = torch.empty(*x.shape[:2], self.num_directions, self.hidden_size, dtype=torch.bool, device=x.device)

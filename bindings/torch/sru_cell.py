@@ -254,15 +254,18 @@ class SRUCell(nn.Module):
         if v is None and not self.v1:
             v = self._by_direction(self.weight_c, 2)
         skips_x = self.has_skip_term and self.num_matrices == 3
-        arrays = [x.view(L, B, D, d)] if skips_x else []
+        arrays: list[Tensor | None] = []
+        if skips_x:
+            arrays += [None if seen is x else x.view(L, B, D, d)]
         arrays += [m.view(B, D, d)] if m is not None else []
         arrays += [self._by_direction(self.bias, 2)]
         arrays += [v] if v is not None else []
         layout["constants"] = (self._alpha if self.rescale else 1.0,) if skips_x else ()
         text = self._texts["none" if v is None else "inputs" if v.dim() == 5 else "params", dropped]
-        if self.recompute == "x":
-            return layer(text, seen, self._factors(), arrays, c0, recompute="x", **layout)
-        u = self._gates(seen, one_step) if u is None else u
+        if u is None and (self.recompute == "x" or not self._turns_u(L * B, one_step)):
+            return layer(text, seen, self._factors(), arrays, c0, recompute=self.recompute, **layout)
+        u = self._gates(seen) if u is None else u
+        arrays = [x.view(L, B, D, d) if a is None else a for a in arrays]
         return recurrence(text, u, arrays, c0, **layout, every=every(self.recompute))
 
     def _by_direction(self, tensor: Tensor, n: Any) -> Tensor:
@@ -270,17 +273,18 @@ class SRUCell(nn.Module):
         D, d = self.num_directions, self.hidden_size
         return tensor.reshape(1, n, d) if D == 1 else tensor.reshape(n, D, d).transpose(0, 1)
 
-    def _gates(self, x: Tensor, one_step: bool) -> Tensor:
-        """U (L, B, D, k, d) of x (L, B, input_size)."""
-        L, B, D, d, k = x.shape[0], x.shape[1], self.num_directions, self.hidden_size, self.num_matrices
+    def _turns_u(self, tokens: Any, one_step: bool) -> bool:
+        """Whether U is turned rather than W: kernels have the gates outside of the channels, parameters inside.
+
+        The smaller one is turned; a traced program decides nothing by L and B, which may be symbols.
+        """
+        return one_step or (not torch.compiler.is_compiling() and self.weight.shape[0] > tokens)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """U (L, B, D, k, d) of x (L, B, input_size), turned."""
         x = x if self.weight_proj is None else x @ self.weight_proj
-        rows = self.weight.shape[0]
-        # Kernels have the gates outside of the channels, parameters inside. The smaller of W and U is turned; a traced
-        # program decides nothing by L and B, which may be symbols.
-        if one_step or (not torch.compiler.is_compiling() and rows > L * B):
-            return _planar((x @ self.weight).view(L, B, D, d, k))
-        weight = self.weight.view(rows, D, d, k).transpose(2, 3).reshape(rows, D * k * d)
-        return (x @ weight).view(L, B, D, k, d)
+        shape = (*x.shape[:2], self.num_directions, self.hidden_size, self.num_matrices)
+        return _planar((x @ self.weight).view(shape))
 
     def _factors(self) -> list[Tensor]:
         """W as `project` takes it: (D, k, d, input_size), or (D, k, d, p) and (p, input_size)."""

@@ -127,11 +127,16 @@ class Stack(Parameters):
     ) -> tuple[Tensor, Any]:
         """Layer k over x (L, B, n). `seen` (L, B, window*n) is what its gates see, where windows were made already."""
         recipe = self._recipe(k)
+        arrays = [self._array(k, name, x, values) for name, _ in recipe.arrays]
+        if seen is not None:  # which x is not
+            arrays = [
+                x.reshape(*x.shape[:2], self.num_directions, self.hidden_size) if a is None else a for a in arrays
+            ]
         return layer(
             recipe.text,
             x if seen is None else seen,
             self._weight(k),
-            [self._array(k, name, x, values) for name, _ in recipe.arrays],
+            arrays,
             state,
             window=self.window if seen is None else 1,
             lengths=layout.lengths,
@@ -145,13 +150,11 @@ class Stack(Parameters):
     def _recipe(self, k: int) -> Recipe:
         return self._recipes[k]
 
-    def _array(self, k: int, name: str, x: Tensor, values: Mapping[str, Any]) -> Tensor:
-        """What layer k gives its cell under this name."""
+    def _array(self, k: int, name: str, x: Tensor, values: Mapping[str, Any]) -> Tensor | None:
+        """What layer k gives its cell under this name; None is its input."""
         if name in values:
             return values[name][k]
-        if name == "x":
-            return x.reshape(*x.shape[:2], self.num_directions, self.hidden_size)
-        return getattr(self, f"{name}_l{k}")
+        return None if name == "x" else getattr(self, f"{name}_l{k}")
 
     def _values(self, check: Check, seqs: Sequences, values: Mapping[str, Any]) -> dict[str, Sequence[Tensor]]:
         """What the cell takes by name, for each layer."""
