@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
@@ -25,7 +26,13 @@ class _Draws:
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> Array:
         self._key, key = jax.random.split(self._key)
-        return jax.random.uniform(key, shape, self._dtype, low, high)
+        # Of a flat array XLA compiles the random numbers several times faster.
+        return jax.random.uniform(key, (prod(shape),), self._dtype, low, high).reshape(shape)
+
+
+def kept(key: Array, dropped: float, shape: tuple[int, ...]) -> Array:
+    """A mask of a shape, True with the probability 1 - dropped."""
+    return jax.random.bernoulli(key, 1 - dropped, (prod(shape),)).reshape(shape)
 
 
 def _with_key(core: Callable[..., Any]) -> Callable[..., Any]:

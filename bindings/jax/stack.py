@@ -25,6 +25,7 @@ from ...check import Check
 from ...dtypes import IO_DTYPES
 from ...errors import ArgumentError, DtypeError
 from ...passes import declared
+from .init import kept
 from .layer import check_recompute, layer
 from .reference import state_dtype
 from .sequences import Layout, as_array, checked, layout_of, like_input
@@ -126,8 +127,7 @@ class Stack:
         """The input of layer k, some of it set to 0 in training."""
         if not k or not self.dropout or key is None:
             return x
-        kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+        return jnp.where(kept(key, self.dropout, x.shape), x / (1 - self.dropout), jnp.zeros((), x.dtype))
 
     def mask(self, k: int, name: str, x: Array, key: Array) -> Array:
         """A random array that the cell of layer k takes in training."""

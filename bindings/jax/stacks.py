@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -144,8 +143,8 @@ class SRU(Stack):
         return x
 
     def mask(self, k: int, name: str, x: Array, key: Array) -> Array:
-        kept = jax.random.bernoulli(key, 1 - self.dropout, (x.shape[1], self.D, self.hidden_size))
-        return kept / jnp.asarray(1 - self.dropout, jnp.promote_types(x.dtype, jnp.float32))
+        m = init.kept(key, self.dropout, (x.shape[1], self.D, self.hidden_size))
+        return m / jnp.asarray(1 - self.dropout, jnp.promote_types(x.dtype, jnp.float32))
 
 
 class QRNNState(NamedTuple):
@@ -223,7 +222,7 @@ class QRNN(Stack):
         return qrnn.qrnn_cell(qrnn.Options(self.pooling, self._skip(k), bool(self.use_bias), zoneout))
 
     def mask(self, k: int, name: str, x: Array, key: Array) -> Array:
-        return jax.random.bernoulli(key, 1 - self.zoneout, (*x.shape[:2], self.D, self.hidden_size))
+        return init.kept(key, self.zoneout, (*x.shape[:2], self.D, self.hidden_size))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Windows across pieces
