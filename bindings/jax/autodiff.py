@@ -58,7 +58,10 @@ def of_operands(stated: Stated, o: Operands) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnums=0)
 def _jitted(stated: Stated, given: Operands) -> tuple[Array, Array]:
     # Outside of other programs JAX would trace a function with a gradient of its own at each call.
-    return of_operands(stated, ops.operands(stated, given))
+    def run(given: Operands) -> tuple[Array, Array]:
+        return of_operands(stated, ops.operands(stated, given))
+
+    return sharding.automatic(run, stated, given[0], given[0], 4, given)
 
 
 class Static:

@@ -74,6 +74,13 @@ def check_recompute(function: str, value: Any) -> bool | int | str:
 def _jitted(
     stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
 ) -> tuple[Array, Array]:
+    run = partial(_run, stated, window, again)
+    return sharding.automatic(run, stated, x, factors[0], 2, x, factors, beside_u)
+
+
+def _run(
+    stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
+) -> tuple[Array, Array]:
     others = ops.beside_u(stated, x.dtype, factors[0].shape[0], beside_u)
     if not again:
         return autodiff.of_operands(stated, (_u(window, x, factors, others), *others))
