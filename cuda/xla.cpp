@@ -45,7 +45,11 @@ struct Plan {
   Field *fields;
 };
 
-const int BUCKETS = 1 << 12, MAX_PLANS = 1 << 14;
+#ifndef SRU_MAX_PLANS  // that are kept; beyond them each call is planned anew
+#define SRU_MAX_PLANS (1 << 14)
+#endif
+
+const int BUCKETS = 1 << 12;
 Plan *plans[BUCKETS];  // lists that only grow, at their heads
 int n_plans;
 Planner planner;
@@ -110,10 +114,9 @@ void run(const Frame *frame, Kernel kernel, void *pool, int tasks, const Field *
   kernel(arguments, pool, tasks);
 }
 
-// Two threads may keep plans for one key; the older one is then never found. Beyond MAX_PLANS each call is planned
-// anew.
+// Two threads may keep plans for one key; the older one is then never found.
 void keep(const Reply *reply, uint64_t hash, const int64_t *key, size_t bytes) {
-  if (__atomic_fetch_add(&n_plans, 1, __ATOMIC_RELAXED) >= MAX_PLANS) {
+  if (__atomic_fetch_add(&n_plans, 1, __ATOMIC_RELAXED) >= SRU_MAX_PLANS) {
     __atomic_fetch_sub(&n_plans, 1, __ATOMIC_RELAXED);
     return;
   }

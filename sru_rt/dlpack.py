@@ -176,18 +176,12 @@ def to_cupy(function: str, argument: str, array: Any) -> Any:
 
 
 def _with_values(function: str, argument: str, array: Any) -> Any:
-    """An array whose memory holds what it stands for: without a gradient, no tracer."""
+    """An array whose memory holds all that it stands for: without a gradient."""
     name = library(array)
-    kind = type(array).__name__
     if getattr(array, "requires_grad", False):
         raise LibraryError(
             f"{function}: {argument} is an array of {name} that requires a gradient, which would be lost here; use "
             f"{'CuPy' if on_cuda(array) else 'NumPy'} arrays with save=True and the backward function"
-        )
-    if name == "jax" and "Tracer" in kind:
-        raise LibraryError(
-            f"{function}: {argument} is a {kind} of {name}, which has no values; this function cannot be traced (by "
-            "jit, grad, vmap or compile): call it outside of them, on arrays with values"
         )
     return array
 
@@ -224,7 +218,7 @@ def _importer(example: Any) -> Callable[[Any], Any] | None:
         dlpack = sys.modules["tensorflow"].experimental.dlpack
         return lambda array: dlpack.from_dlpack(array.__dlpack__())
     candidates = [example.__array_namespace__()] if hasattr(example, "__array_namespace__") else []
-    candidates += [sys.modules.get(f"{name}.numpy") if name == "jax" else None, sys.modules.get(name)]
+    candidates.append(sys.modules.get(name))
     return next((found for m in candidates if (found := getattr(m, "from_dlpack", None))), None)
 
 

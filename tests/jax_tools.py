@@ -80,14 +80,20 @@ def run(problem: Problem, function: Any, **more: Any) -> tuple[tuple[Any, Any], 
 
 def program(text: str, folder: Path, *, devices: int = 0, **environment: str) -> str:
     """Runs a program in another process, from another folder; returns what it printed. It must succeed."""
-    done = unchecked(text, folder, devices=devices, **environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+    return _run(["-c", textwrap.dedent(text)], folder, devices, environment)
 
 
-def unchecked(text: str, folder: Path, *, devices: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(path: Path, *arguments: object, folder: Path, devices: int = 0, **environment: str) -> str:
+    """The same of a program in a file."""
+    return _run([str(path), *map(str, arguments)], folder, devices, environment)
+
+
+def _run(arguments: list[str], folder: Path, devices: int, environment: dict[str, str]) -> str:
     settings = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     settings |= {"JAX_PLATFORMS": "cpu", **environment}
     settings |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices else {}
-    command = [sys.executable, "-c", textwrap.dedent(text)]
-    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=settings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout

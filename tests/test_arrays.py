@@ -12,7 +12,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import sru_rt
-from sru_rt.errors import DtypeError, LibraryError, SruRtError
+from sru_rt.errors import LibraryError, SruRtError
 
 L, B, D, d = 6, 3, 2, 5
 FUNCTIONS = ("sru_forward", "sru_recurrence", "sru_step")
@@ -70,47 +70,6 @@ def refused(function: str, call: dict[str, Any], error: type[SruRtError], *says:
     for text in says:
         assert text in message
     return message
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# JAX
-
-
-@pytest.fixture
-def jax():
-    return pytest.importorskip("jax", reason="needs JAX")
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_jax(jax, function):
-    call = converted(arguments(function), jax.numpy.asarray)
-    got = getattr(sru_rt, function)(**call)
-    assert all(isinstance(a, jax.Array) for a in got)
-    assert_same_bits([np.asarray(a) for a in got], getattr(sru_rt, function)(**arguments(function)))
-
-
-def test_jax_init(jax):
-    params = sru_rt.sru_init(4, 5, like=jax.numpy.zeros(1))
-    assert all(isinstance(params[name], jax.Array) for name in ("weight", "bias", "v"))
-
-
-@pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
-def test_jax_tracers(jax, transform):
-    call = converted(arguments("sru_forward"), jax.numpy.asarray)
-    x = call.pop("x")
-    traced = getattr(jax, transform)(lambda x: sru_rt.sru_forward(x, **call)[0].sum())
-    with pytest.raises(LibraryError, match=r"sru_forward: x is a \w*Tracer of jax, which has no values"):
-        traced(x[None] if transform == "vmap" else x)
-
-
-def test_jax_bfloat16(jax):
-    call = converted(arguments("sru_forward"), lambda a: jax.numpy.asarray(a).astype(jax.numpy.bfloat16))
-    refused("sru_forward", call, DtypeError, "x", "jax", "bfloat16", "float32")
-
-
-def test_jax_mixed(jax):
-    call = arguments("sru_forward")
-    refused("sru_forward", call | {"x": jax.numpy.asarray(call["x"])}, LibraryError, "x of jax", "of numpy")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

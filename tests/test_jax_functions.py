@@ -330,6 +330,14 @@ def test_numbers_that_are_traced():
         jax.jit(lambda alpha: sru_rt.sru_forward(**call, alpha=alpha))(1.5)
 
 
+def test_arrays_of_64_bits_where_jax_has_none():
+    """Made in another thread, or before the setting was changed: parts would be converted to half as many bytes."""
+    call = converted(arguments("sru_recurrence", np.float64), jnp.asarray)
+    refusal = pytest.raises(DtypeError, match=r"has dtype float32; beside u of float64 it needs .* jax_enable_x64")
+    with bits_64(False), pytest.warns(UserWarning, match="float64"), refusal:
+        sru_rt.sru_recurrence(**call)
+
+
 def test_forward_mode_is_refused():
     u = jnp.ones((3, 2, 1, 2, 4))
     with pytest.raises(TypeError, match="forward-mode"):

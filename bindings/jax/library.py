@@ -71,20 +71,20 @@ class Jax:
         return array.astype(dtype)
 
 
-@cache
-def _library(device: Any, reads_values: bool) -> Jax:
-    return Jax(device, reads_values)
+_TRACED = Jax(None, False)
 
 
 def library(array: Array) -> Jax:
     """The library of an array, which may have no values."""
-    if isinstance(array, jax.core.Tracer):
-        return _library(None, False)
-    devices = array.devices()
-    if len(devices) > 1:
-        return _library(None, False)
-    (device,) = devices
-    return _library(device, device.platform == "cpu" and array.is_fully_addressable)
+    return _TRACED if isinstance(array, jax.core.Tracer) else _library(array.sharding)
+
+
+@cache
+def _library(sharding: jax.sharding.Sharding) -> Jax:
+    (device, *others) = sharding.device_set
+    if others:
+        return _TRACED
+    return Jax(device, device.platform == "cpu" and sharding.is_fully_addressable)
 
 
 def run(

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from ...errors import ArgumentError, ShapeError
-from ...passes import Layout, Passes, shape_of_h
+from ... import spec
+from ...dtypes import state_dtype
+from ...errors import ArgumentError, DtypeError, ShapeError
+from ...passes import Layout, Passes, declared, shape_of_h
 from ...prepared import Prepared
 from .statement import Statement, wanted
 
@@ -36,10 +38,28 @@ def passes_of(
     """
     left = iter(operands)
     o = [next(left) if there else None for there in statement.given]
+    _check_dtypes(statement, [*o, *left])
     lengths = o[_LENGTHS]
     if lengths is not None:
         o[_LENGTHS] = Layout(lengths.shape[:1], "int64")
     return Passes(statement.stated.call, o, device, statement.chunks if settled else None), o
+
+
+def _check_dtypes(statement: Statement, arrays: Sequence[Layout | None]) -> None:
+    """Raises unless operands, and what a backward is given beside them, have the dtypes that kernels take."""
+    cell = spec.cell_of(statement.stated.cell)
+    u = arrays[0].dtype if arrays[0] else ""
+    acc = state_dtype(u)
+    names = ["u", cell.initial, "lengths", "mask", "reset", *(a.name for a in declared(cell)), "saved", "dh", "dlast"]
+    taken = [(u,), (acc,), ("int32",), ("bool",), ("bool",)]
+    taken += [(u, acc) if a.kind == "inputs" else (acc,) for a in declared(cell)]
+    for name, dtypes, array in zip(names, [*taken, (acc,), (u,), (acc,)], arrays):
+        if array is not None and array.dtype not in dtypes:
+            way = "enable jax_enable_x64 in every thread" if u == "float64" else "export the program again"
+            raise DtypeError(
+                f"recurrence of {cell.name}: {name} has dtype {array.dtype}; beside u of {u} it needs "
+                f"{' or '.join(dtypes)}: {way}"
+            )
 
 
 def planned(statement: Statement, operands: Sequence[Layout], results: Sequence[Layout], device: str) -> Planned:
