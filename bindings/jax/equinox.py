@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"sru_rt.bindings.jax.equinox: Equinox cannot be imported ({error}); install it with "
-        "pip install 'equinox>=0.11.11'"
+        "pip install 'equinox>=0.13'"
     ) from error
 
 __all__ = ["QRNN", "SRU", "MinGRU", "MinLSTM", "QRNNState"]

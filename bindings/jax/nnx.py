@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"sru_rt.bindings.jax.nnx: Flax with its module nnx cannot be imported ({error}); install it with "
-        "pip install 'flax>=0.10.4'"
+        "pip install 'flax>=0.10.7'"
     ) from error
 
 __all__ = ["QRNN", "SRU", "MinGRU", "MinLSTM", "QRNNState"]
