@@ -240,6 +240,7 @@ def test_training_with_nnx(kind):
     optax = pytest.importorskip("optax", reason="needs Optax")
     module = make("nnx", kind, dropout=0.1)
     optimizer = nnx.Optimizer(module, optax.adam(0.05), wrt=nnx.Param)
+    takes_module = "model" in inspect.signature(optimizer.update).parameters
 
     def loss(module: Any, x: Any) -> Any:
         return jnp.mean((module(x)[0] - jnp.tanh(x[..., :SIZE])) ** 2)
@@ -247,7 +248,8 @@ def test_training_with_nnx(kind):
     @nnx.jit
     def step(module: Any, optimizer: Any, x: Any) -> Any:
         value, gradients = nnx.value_and_grad(loss)(module, x)
-        optimizer.update(module, gradients)
+        # Before 0.11 Flax takes gradients alone.
+        optimizer.update(*((module,) if takes_module else ()), gradients)
         return value
 
     losses = [float(step(module, optimizer, tokens(i % 3))) for i in range(50)]
@@ -402,16 +404,21 @@ def test_token_by_token(family, kind):
 def test_windows_across_pieces():
     """Padding and boundaries in the first piece count for what the second one sees."""
     module = make("equinox", "QRNN", window=3)
-    x, rng = jnp.concatenate([tokens(0), tokens(1)]), np.random.default_rng(3)
-    reset = jnp.asarray(rng.random((10, BATCH)) < 0.3)
-    lengths = [5, 3, 1]
-    h, state = module(x[:5], module.initial_step_state(BATCH), lengths=lengths, reset=reset[:5])
-    after, last = module(x[5:], state, reset=reset[5:])
-    for b, n in enumerate(lengths):
-        line = jnp.concatenate([x[:n, b], x[5:, b]])
-        whole, end = module(line, module.initial_step_state(), reset=jnp.concatenate([reset[:n, b], reset[5:, b]]))
-        close((h[:n, b], after[:, b]), (whole[:n], whole[n:]), 1e-11)
-        close(jax.tree.map(lambda a, b=b: a[:, b], last), end, 1e-11)
+    first, second, rng = np.asarray(tokens(0)), np.asarray(tokens(1)), np.random.default_rng(3)
+    lengths, reset = [5, 3, 1], rng.random((2 * LENGTH, BATCH)) < 0.3
+    h, state = module(first, module.initial_step_state(BATCH), lengths=lengths, reset=reset[:LENGTH])
+    after, last = module(second, state, reset=reset[LENGTH:])
+
+    def joined(a: Any, b: Any) -> Any:
+        """The two pieces of each sequence without what is between them."""
+        lines = [np.concatenate([a[:n, i], b[:, i], a[n:, i]]) for i, n in enumerate(lengths)]
+        return np.stack(lines, 1)
+
+    flags = {"lengths": [n + LENGTH for n in lengths], "reset": joined(reset[:LENGTH], reset[LENGTH:])}
+    whole, end = module(joined(first, second), module.initial_step_state(BATCH), **flags)
+    assert not np.asarray(h)[4, 1].any()
+    close(joined(np.asarray(h), np.asarray(after)), whole, 1e-11)
+    close(last, end, 1e-11)
 
 
 @pytest.mark.parametrize(("family", "D"), [("nnx", 1), ("equinox", 2)])
@@ -542,3 +549,14 @@ def test_a_missing_library_is_named(library: str, tmp_path: Path) -> None:
     printed = program(text, tmp_path)
     assert printed.startswith(f"sru_rt.bindings.jax.{name}: ")
     assert f"pip install '{library}>=" in printed
+
+
+@pytest.mark.slow
+def test_the_page_runs():
+    pytest.importorskip("torch", reason="needs PyTorch")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "jax.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, "jax.md", "exec"), names)
+    assert names["gradients"]["weight"].shape == (1, 4, 16, 8)
+    assert names["token"].shape == (3, 16) and names["state"].tokens[1].shape == (2, 3, 16)
