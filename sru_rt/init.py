@@ -14,7 +14,10 @@ NDArray = np.ndarray[Any, Any]
 
 
 class Init:
-    """The sizes of one layer, checked, and its random numbers."""
+    """The sizes of one layer, checked, and its random numbers.
+
+    They come from `rng`, a generator or seed of NumPy, or whatever else has a method `uniform` like a generator's.
+    """
 
     def __init__(
         self, check: Check, d_in: Any, d: Any, directions: Any, low_rank: Any, dtype: Any, rng: Any, window: Any = 1
@@ -27,7 +30,7 @@ class Init:
         self.columns = self._size("window", window) * self.d_in
         self.dtype = _dtype(check, dtype)
         try:
-            self._generator = np.random.default_rng(rng)
+            self._generator = rng if hasattr(rng, "uniform") else np.random.default_rng(rng)
         except (TypeError, ValueError):
             raise check.error(
                 "rng", f"must be a numpy.random.Generator or a seed, an integer >= 0 (got {rng!r})"
@@ -49,7 +52,8 @@ class Init:
         """Uniform with variance 1 / (number of columns), of each factor of a pair; the last gate may be scaled."""
         inner = self.low_rank or self.columns
         outer = self.uniform((self.D, k, self.d, inner), 1 / inner)
-        outer[:, -1] *= scale_of_last
+        if scale_of_last != 1.0:
+            outer = outer * np.append(np.ones(k - 1), scale_of_last)[:, None, None]
         if not self.low_rank:
             return outer
         return outer, self.uniform((self.low_rank, self.columns), 1 / self.columns)
@@ -77,7 +81,7 @@ class Init:
         def cast(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(cast, value))
-            return value.astype(self.dtype) if isinstance(value, np.ndarray) else value
+            return value.astype(self.dtype) if hasattr(value, "astype") else value
 
         return arrays.like(self.check.function, {name: cast(value) for name, value in params.items()}, like)
 

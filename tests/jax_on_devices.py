@@ -97,6 +97,8 @@ def by_jit() -> None:
         is_right(line, [P(None, None, "b"), P(), P("b"), P("b"), P("b")])
     if n > 1:
         sequences_that_do_not_divide(line)
+    if hasattr(jax, "set_mesh") and hasattr(jax.sharding, "AxisType"):
+        explicit()
 
 
 def stays(mesh: Mesh, specs: Any, sums: bool) -> None:
@@ -123,6 +125,27 @@ def is_right(mesh: Mesh, specs: Any) -> None:
             return function(*of, flags=flags), gradient(*of, flags=flags)
 
         close(jax.jit(both)(*given), jax.jit(both)(*OF))
+
+
+def explicit() -> None:
+    """On a mesh whose axes are a part of types, as `jax.make_mesh` makes it by default in recent releases."""
+    mesh = jax.make_mesh((n,), ("b",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, weight = OF[1], draw(D, 3, d, D * d) / 4
+
+    def layer(x: Any, weight: Any) -> Any:
+        return number(binding.sru(x, weight, recompute="x"))
+
+    def everything(of: Any, x: Any, weight: Any) -> Any:
+        return function(*of, flags={}), gradient(*of, flags={}), jax.grad(layer, (0, 1))(x, weight)
+
+    wanted = jax.jit(everything)(OF, x, weight)
+    with jax.set_mesh(mesh):
+        for specs in (BATCH, CHANNELS) if D == 1 else (BATCH,):
+            divided = [jax.device_put(x, NamedSharding(mesh, specs[1]))] if specs is BATCH else [x]
+            got = jax.jit(everything)(placed(mesh, OF, specs), *divided, weight)
+            close(got, wanted, 1e-4)
+            assert used(jax.typeof(got[0][0]).sharding.spec) == ["b"]
+            assert [used(jax.typeof(g).sharding.spec) for g in got[1]] == [used(s) for s in specs]
 
 
 def sequences_that_do_not_divide(mesh: Mesh) -> None:

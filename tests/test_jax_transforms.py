@@ -95,6 +95,20 @@ def by_reference(stated: Any, given: Any) -> Any:
     return ops.side_by_side(h), last
 
 
+@pytest.mark.parametrize("recompute", [False, "x"])
+def test_differentiated_by_this_and_then_by_that(recompute):
+    """A program that is traced once, by different arguments and from different results."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
+    params = sru_rt.sru_init(3, 3, rng=0, dtype="float64", like=x)
+    alpha = params.pop("alpha")
+    traced = jax.jit(lambda x, params: binding.sru(x, **params, alpha=alpha, recompute=recompute))
+    every = jax.jit(jax.jacrev(lambda x, params: [jnp.sum(r**2) for r in traced(x, params)], (0, 1)))(x, params)
+    for i in (0, 1):
+        for by in (0, 1, (0, 1)):
+            got = jax.grad(lambda x, params, i=i: jnp.sum(traced(x, params)[i] ** 2), by)(x, params)
+            close(got, every[i][by] if isinstance(by, int) else every[i])
+
+
 def test_jacobian_and_hessian():
     of, others = sru_problem((3, 1, 2), 1)
 

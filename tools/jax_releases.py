@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     ("test_jax_ffi.py", "handler or plans_are or errors or versions or backend"),
     ("test_jax_functions.py", "functions_of_the_core or without_64 or numbers or own_cell or lengths"),
-    ("test_jax_transforms.py", "vmap_is_a_loop or remat or donated or minlstm or threads or recomputation"),
+    ("test_jax_transforms.py", "vmap_is_a_loop or remat or donated or minlstm or threads or recomputation or by_this"),
     ("test_jax_sharding.py", "2"),
     ("test_jax_export.py", ""),
 )
@@ -51,7 +51,9 @@ def environment(folder: Path, release: str) -> str:
     if not place.is_dir():
         venv.create(place, with_pip=True)
     install = [python, "-m", "pip", "install", "-q"]
-    subprocess.run([*install, f"jax=={release}", f"jaxlib=={release}", "flatbuffers", f"{ROOT}[pytest]"], check=True)
+    subprocess.run(
+        [*install, f"jax=={release}", f"jaxlib=={release}", "flatbuffers", "absl-py", f"{ROOT}[pytest]"], check=True
+    )
     subprocess.run([*install, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
     return python
 

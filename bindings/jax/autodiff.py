@@ -58,7 +58,10 @@ def of_operands(stated: Stated, o: Operands) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnums=0)
 def _jitted(stated: Stated, given: Operands) -> tuple[Array, Array]:
     # Outside of other programs JAX would trace a function with a gradient of its own at each call.
-    return of_operands(stated, ops.operands(stated, given))
+    def run(given: Operands) -> tuple[Array, Array]:
+        return of_operands(stated, ops.operands(stated, given))
+
+    return sharding.automatic(run, stated, given[0], given[0], 4, given)
 
 
 class Static:
@@ -99,7 +102,7 @@ def _keeping_forward(stated: Stated, given: Any) -> Any:
 def _backward(stated: Stated, residual: Any, seeds: Any) -> tuple[Any]:
     o, saved, need = residual
     dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds[:2])
-    return (gradients(stated, o, need.value, saved, dh, dlast),)
+    return (with_zeros(o, gradients(stated, o, need.value, saved, dh, dlast)),)
 
 
 without_keeping.defvjp(_recurrence_forward, _backward, symbolic_zeros=True)
@@ -111,6 +114,18 @@ def values_and_need(given: Any) -> tuple[Any, tuple[bool, ...]]:
     values = tuple(None if one is None else one.value for one in given)
     need = tuple(one is not None and bool(one.perturbed) and _is_floating(one.value) for one in given)
     return values, need
+
+
+def with_zeros(given: Sequence[Any], found: Sequence[Array | None]) -> tuple[Array | None, ...]:
+    """What a rule for the backward returns: zeros where no gradient was wanted.
+
+    They cost nothing, as XLA leaves out what is not used. JAX 0.7 fails if a rule returns None at one time, and an
+    array at another, as it would where a program is differentiated by this and then by that.
+    """
+    return tuple(
+        jnp.zeros_like(one) if gradient is None and one is not None and _is_floating(one) else gradient
+        for one, gradient in zip(given, found)
+    )
 
 
 def _is_floating(array: Any) -> bool:

@@ -74,6 +74,13 @@ def check_recompute(function: str, value: Any) -> bool | int | str:
 def _jitted(
     stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
 ) -> tuple[Array, Array]:
+    run = partial(_run, stated, window, again)
+    return sharding.automatic(run, stated, x, factors[0], 2, x, factors, beside_u)
+
+
+def _run(
+    stated: Stated, window: int, again: bool, x: Array, factors: tuple[Array, ...], beside_u: tuple[Any, ...]
+) -> tuple[Array, Array]:
     others = ops.beside_u(stated, x.dtype, factors[0].shape[0], beside_u)
     if not again:
         return autodiff.of_operands(stated, (_u(window, x, factors, others), *others))
@@ -105,8 +112,6 @@ def _backward(stated: Stated, window: int, residual: Any, seeds: Any) -> Any:
     x, factors, others, saved, need = residual
     dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds)
     n = 1 + len(factors)
-    if dh is None and dlast is None:
-        return None, None, None
     # What is formed again must wait for dh, or XLA would keep the U of the forward instead, as it is the same.
     (x, factors), dh, dlast = lax.optimization_barrier(((x, factors), dh, dlast))
     given = (x, *factors)
@@ -119,8 +124,9 @@ def _backward(stated: Stated, window: int, residual: Any, seeds: Any) -> Any:
     u, pullback = jax.vjp(u_of, *(given[i] for i in wanted))
     need_of_recurrence = (bool(wanted), *need.value[n:])
     du, *of_others = autodiff.gradients(stated, (u, *others), need_of_recurrence, saved, dh, dlast)
-    dx, *dfactors = put([None] * n, wanted, pullback(du) if wanted else ())
-    return dx, tuple(dfactors), tuple(of_others)
+    of_given = put([None] * n, wanted, pullback(du) if wanted and du is not None else [None] * len(wanted))
+    dx, *dfactors = autodiff.with_zeros(given, of_given)
+    return dx, tuple(dfactors), autodiff.with_zeros(others, of_others)
 
 
 _layer.defvjp(_forward, _backward, symbolic_zeros=True)

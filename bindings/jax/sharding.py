@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ... import spec
 from ...cell import Array
 from ...passes import declared
-from .statement import Statement, wanted
+from .statement import Stated, Statement, wanted
 
 _DIVIDED = ("b", "d")  # the axes that may be
 _Letters = tuple[str, ...]
@@ -92,6 +92,28 @@ def _axes(mesh: Any, names: Sequence[_Letters], shapes: Sequence[Any]) -> dict[s
 
 def _sharding(mesh: Any, its: _Letters, axes: dict[str, Any]) -> Any:
     return NamedSharding(mesh, PartitionSpec(*(axes.get(letter) or None for letter in its)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meshes whose axes are explicit: there types say how arrays are divided
+
+
+def automatic(function: Callable[..., Any], stated: Stated, rows: Any, weight: Any, axis: int, *given: Any) -> Any:
+    """Calls a function that gives h and the last states; inside of it, axes of a mesh are left to the compiler.
+
+    Args:
+        rows: an array (L, B, ...): the results are divided over sequences as it is.
+        weight: one with an axis of d at `axis`, for channels; with two directions h has them side by side, and whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if hasattr(jax.sharding, "get_abstract_mesh") else None
+    explicit = getattr(mesh, "explicit_axes", ())
+    if not explicit:
+        return function(*given)
+    b, d = jax.typeof(rows).sharding.spec[1], jax.typeof(weight).sharding.spec[axis]
+    D = weight.shape[axis - 2]
+    last = (*(None,) * (len(spec.cell_of(stated.cell).state) > 1), None, b, d)
+    out = PartitionSpec(None, b, d if D == 1 else None), PartitionSpec(*last)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out)(*given)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

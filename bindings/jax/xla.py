@@ -3,7 +3,8 @@
 JAX keeps what is registered before a backend exists, and hands it over when the user's first operation makes the
 backend, which fails if XLA does not take the version of the interface that a handler reports. So `register` waits for
 the backend, and is called at the first use of a recurrence; importing the binding registers at once only beside
-releases of JAX that are known to take the version, so that programs that were exported find the handlers.
+releases of JAX that are known to take the version, so that programs that were exported find the handlers. The one of
+the CPU is compiled then, which takes a third of a second, once on a machine.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ def register_if_known() -> None:
 
 
 def _register() -> None:
+    if not hasattr(jax, "ffi"):
+        raise LibraryError(
+            f"sru_rt: JAX {jax.__version__} has no jax.ffi, by which XLA calls kernels; install jax>=0.5"
+        )
     for platform, report, address in (("cpu", *_of_cpu()), ("CUDA", *_of_gpu())):
         if platform not in _done:
             _try_versions(platform, report, address)
