@@ -114,12 +114,13 @@ def _is_floating(array: Any) -> bool:
 
 
 def gradients(
-    stated: Stated, o: Operands, saved: Array, dh: Array | None, dlast: Array | None
+    stated: Stated, o: Operands, saved: Array, dh: Array | None, dlast: Array | None, only: int | None = None
 ) -> tuple[Array | None, ...]:
-    """The gradients of the operands, differentiable; None of flags. dh is (L, B, D, d)."""
+    """The gradients of the operands, or of one `only`, differentiable; None of flags. dh is (L, B, D, d)."""
     of_flags, of_arrays = (False,) * 3, (a.differentiable for a in declared(spec.cell_of(stated.cell)))
     has_one = (True, True, *of_flags, *of_arrays)
     need = tuple(one is not None and has and _is_floating(one) for one, has in zip(o, has_one))
+    need = need if only is None else tuple(i == only for i in range(len(o)))
     if dh is None and dlast is None:
         return _with_zeros(o, [None] * len(o))
     if dh is None:

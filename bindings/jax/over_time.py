@@ -110,28 +110,24 @@ def _stretch(stated: Stated, axis: Axis, o: Operands) -> tuple[Array, Array]:
 
 
 def _stretch_forward(stated: Stated, axis: Axis, given: Any) -> Any:
-    o, need = autodiff.values_and_need(given)
-    matrix, before = _from_the_others(stated, axis, o)
+    matrix, before = _from_the_others(stated, axis, autodiff.values(given))
     h, last, saved = autodiff.keeping(stated, before)
-    return (h, last), (matrix, before, saved, autodiff.Static(need))
+    return (h, last), (matrix, before, saved)
 
 
 def _stretch_backward(stated: Stated, axis: Axis, residual: Any, seeds: Any) -> tuple[Any]:
-    matrix, before, saved, need = residual
+    matrix, before, saved = residual
     dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds)
-    if not any(need.value) or (dh is None and dlast is None):
-        return ((None,) * len(before),)
-    of_c0 = tuple(i == 1 for i in range(len(before)))
-    _, dc0, *_ = autodiff.gradients(stated, before, of_c0, saved, dh, dlast)
+    if dh is None and dlast is None:
+        return (autodiff.gradients(stated, before, saved, dh, dlast),)
+    dc0 = autodiff.gradients(stated, before, saved, dh, dlast, only=1)[1]
     transposed = jnp.swapaxes(matrix, 0, 1)
     after = _fold(axis, transposed, dc0, jnp.zeros_like(dc0), backward=True)
     # The state that leaves a stretch in the second direction is forgotten if its first step begins anew.
     leaving = _kept_on_leaving(before) * after
     dlast = leaving if dlast is None else dlast + leaving
-    found = list(autodiff.gradients(stated, before, need.value, saved, dh, dlast))
-    if need.value[1]:
-        found[1] = jnp.where(_is_end(axis, before[1], first=True), found[1], 0)
-    return (tuple(found),)
+    du, dc0, *others = autodiff.gradients(stated, before, saved, dh, dlast)
+    return ((du, jnp.where(_is_end(axis, before[1], first=True), dc0, 0), *others),)
 
 
 _stretch.defvjp(_stretch_forward, _stretch_backward, symbolic_zeros=True)
