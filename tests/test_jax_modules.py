@@ -23,7 +23,7 @@ from sru_rt.bindings.jax import equinox as for_equinox
 from sru_rt.bindings.jax import nnx as for_nnx
 
 import sru_rt
-from jax_tools import jax, jnp, program, with_64_bits
+from jax_tools import bits_64, jax, jnp, program, with_64_bits
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
 
 __all__ = ["with_64_bits"]  # a fixture
@@ -45,7 +45,7 @@ NNX_OR_EQUINOX = pytest.mark.parametrize(
 def make(family: str, kind: str, seed: int = 0, dtype: Any = jnp.float64, **more: Any) -> Any:
     """A module of two layers."""
     name, options = KINDS.get(kind, (kind, {}))
-    sizes, options = (N, SIZE, 2), options | more
+    sizes, options = (N, SIZE), {"num_layers": 2} | options | more
     if family == "nnx":
         return getattr(for_nnx, name)(*sizes, param_dtype=dtype, rngs=nnx.Rngs(seed), **options)
     return getattr(for_equinox, name)(*sizes, dtype=dtype, key=jax.random.key(seed), **options)
@@ -122,7 +122,7 @@ def test_results_and_gradients_are_those_of_pytorch(family, kind, D):
 
 
 def test_without_64_bits():
-    with jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(False):
+    with bits_64(False):
         module = make("nnx", "QRNN", dtype=jnp.float32)
         h, state = jax.jit(lambda x: module(x, **flags()))(tokens().astype("float32"))
         assert h.dtype == state.dtype == jnp.float32
@@ -154,14 +154,17 @@ def test_initial_parameters(family):
 
 
 @FAMILIES
-def test_layers_and_seeds_differ(family):
-    first = make(family, "MinGRU", seed=1, bidirectional=True).parameters()
-    again = make(family, "MinGRU", seed=1, bidirectional=True).parameters()
-    other = make(family, "MinGRU", seed=2, bidirectional=True).parameters()
+def test_layers_factors_and_seeds_differ(family):
+    """Random numbers of one key would be the same, or begin so."""
+    first, again, other = (
+        make(family, "MinLSTM", seed=seed, bidirectional=True, num_layers=3).parameters() for seed in (1, 1, 2)
+    )
     close(first, again, 0)
-    weight = first["weight_l0"]
-    assert not (weight == other["weight_l0"]).any() and not (weight[0] == weight[1]).any()
-    assert not (weight == first["weight_l1"][..., :N]).any()
+    p, q = first["weight_l1_p"], first["weight_l1_q"]
+    assert not (p == other["weight_l1_p"]).any()
+    assert not (p == first["weight_l2_p"]).any() and not (q == first["weight_l2_q"]).any()
+    assert not (p[0] == p[1]).any()
+    assert not np.isclose(p.ravel()[:20] * math.sqrt(3), q.ravel()[:20] * math.sqrt(8)).any()
 
 
 def test_initial_parameters_of_functions():
@@ -406,6 +409,8 @@ def test_windows_across_pieces():
     module = make("equinox", "QRNN", window=3)
     first, second, rng = np.asarray(tokens(0)), np.asarray(tokens(1)), np.random.default_rng(3)
     lengths, reset = [5, 3, 1], rng.random((2 * LENGTH, BATCH)) < 0.3
+    reset[LENGTH : LENGTH + 2] = False
+    reset[[4, 2], [0, 1]] = True  # what is kept of the first piece begins with a boundary
     h, state = module(first, module.initial_step_state(BATCH), lengths=lengths, reset=reset[:LENGTH])
     after, last = module(second, state, reset=reset[LENGTH:])
 
@@ -556,7 +561,8 @@ def test_the_page_runs():
     pytest.importorskip("torch", reason="needs PyTorch")
     text = (Path(__file__).resolve().parents[1] / "docs" / "jax.md").read_text()
     names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
-        exec(compile(block, "jax.md", "exec"), names)
+    with bits_64(False):
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            exec(compile(block, "jax.md", "exec"), names)
     assert names["gradients"]["weight"].shape == (1, 4, 16, 8)
     assert names["token"].shape == (3, 16) and names["state"].tokens[1].shape == (2, 3, 16)

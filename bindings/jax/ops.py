@@ -7,6 +7,7 @@ Operands are as in `sru_rt.passes`, in the dtypes that kernels take (`operands`)
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,11 +203,15 @@ def _on_cuda(statement: Statement, is_likely: bool, *arrays: Array) -> tuple[Arr
 
 
 def _custom_call(statement: Statement, device: str, *arrays: Array) -> tuple[Array, ...]:
+    given, made = sharding.letters(statement)
+    D = arrays[0].shape[2]
     results = [r for r in _results(statement, device, arrays) if r is not None]
-    types = [sharding.like(arrays[0], r.shape, r.dtype) for r in results]
+    shapes = [planner.folded(r.shape, its, D) for r, its in itertools.zip_longest(results, made, fillvalue=())]
+    types = [sharding.like(arrays[0], shape, r.dtype) for r, shape in zip(results, shapes)]
     call = jax.ffi.ffi_call(xla.target(), types, vmap_method="sequential")
-    n = len(wanted(statement.need)) + 1 if statement.backward else 2 + statement.stated.keep
-    return tuple(call(*_as_buffers(statement, arrays), call=statement.text())[:n])
+    buffers = [a.reshape(planner.folded(a.shape, its, D)) for a, its in zip(arrays, given)]
+    found = call(*_as_buffers(statement, buffers), call=statement.text())
+    return tuple(one.reshape(r.shape) for one, r, _ in zip(found, results, made))
 
 
 def _results(statement: Statement, device: str, arrays: Sequence[Array]) -> list[Layout | None]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ... import spec
 from ...dtypes import state_dtype
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...passes import Layout, Passes, declared, shape_of_h
 from ...prepared import Prepared
+from . import sharding
 from .statement import Statement, wanted
 
 _LENGTHS = 2  # among the operands
@@ -27,6 +29,19 @@ class Planned(NamedTuple):
         """Runs the pass on buffers at these addresses."""
         found = [0 if i is None else addresses[i] for i in self.buffers]
         self.prepared.run([*self.constants, *found], stream)
+
+
+def folded(shape: Sequence[Any], letters: Sequence[str], D: int) -> tuple[Any, ...]:
+    """The shape of a buffer: without the axis of directions where there is one, as XLA copies arrays to add it."""
+    return tuple(size for size, letter in itertools.zip_longest(shape, letters) if D != 1 or letter != "q")
+
+
+def unfolded(shape: Sequence[int], letters: Sequence[str]) -> tuple[int, ...]:
+    """The shape of an array, of that of its buffer."""
+    if "q" not in letters or len(shape) == len(letters):
+        return tuple(shape)
+    left = iter(shape)
+    return tuple(1 if letter == "q" else next(left) for letter in letters)
 
 
 def passes_of(
@@ -72,6 +87,8 @@ def planned(statement: Statement, operands: Sequence[Layout], results: Sequence[
     n = sum(statement.given) + statement.backward * (2 + statement.dlast)
     if n != len(operands):
         raise ArgumentError(f"sru_rt: a custom call has {len(operands)} operands; its statement needs {n}")
+    letters, _ = sharding.letters(statement)
+    operands = [one._replace(shape=unfolded(one.shape, its)) for one, its in zip(operands, letters)]
     passes, o = passes_of(statement, operands, device)
     number = iter(range(n + len(results)))
     at = [next(number) if there else None for there in statement.given]
