@@ -16,7 +16,7 @@ NDArray = np.ndarray[Any, Any]
 class Init:
     """The sizes of one layer, checked, and its random numbers.
 
-    They come from `rng`, a generator or seed of NumPy, or whatever else has a method `uniform` like a generator's.
+    They come from `rng`, a generator or seed of NumPy, or an object with a method `uniform` like a generator's.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Init:
         self.columns = self._size("window", window) * self.d_in
         self.dtype = _dtype(check, dtype)
         try:
-            self._generator = rng if hasattr(rng, "uniform") else np.random.default_rng(rng)
+            self._generator = rng if hasattr(type(rng), "uniform") else np.random.default_rng(rng)
         except (TypeError, ValueError):
             raise check.error(
                 "rng", f"must be a numpy.random.Generator or a seed, an integer >= 0 (got {rng!r})"
