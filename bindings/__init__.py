@@ -1,5 +1,5 @@
-"""Bindings for array libraries and frameworks, one file each, imported when first used.
+"""Bindings for frameworks that record what is done to their arrays, a package each, imported when first used.
 
-A binding turns arrays of its framework into addresses, sizes, a dtype name, a device and a stream, and calls
-`sru_rt.launch.run`. NumPy arrays, and arrays of other libraries through DLPack, need no binding.
+A binding prepares passes of the core for shapes and dtypes, and runs them on addresses (`sru_rt.passes`). NumPy and
+CuPy arrays, and arrays of other libraries through DLPack, need none.
 """

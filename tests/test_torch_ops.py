@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="needs PyTorch")
 
 from sru_rt.bindings import torch as binding
+from sru_rt.bindings.recompute import Recompute
 from sru_rt.bindings.torch import autograd, native, ops, reference
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -300,7 +301,7 @@ def on_gpu(problem: Problem, device: Any, every: int, time_parallel: bool) -> tu
     for name in problem.arrays:
         if given[name] is not None:
             given[name].retain_grad()
-    save = binding.library.Recompute(every)
+    save = Recompute(every)
     h, last = problem.forward()(**given, save=save, time_parallel=time_parallel)
     torch.autograd.backward([h, last], [device(tensor(problem.dh)), device(tensor(problem.dlast))])
     gradients = {n: None if given[n] is None else array(given[n].grad.cpu()) for n in problem.arrays}

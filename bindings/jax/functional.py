@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,44 +11,20 @@ import sru_rt
 
 from ...errors import ArgumentError
 from ...own import OwnCell
-from .library import Recompute
-
-_LEFT_OUT = ("save", "saved_dtype", "out")  # of the core's arguments: JAX differentiates functions and owns memory
+from ..recompute import Recompute, refuse_left_out, with_recompute
 
 
-def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function of the core with `recompute=` in place of what is said otherwise in JAX."""
-    parameters = [p for p in inspect.signature(core).parameters.values() if p.name not in _LEFT_OUT]
-    added = inspect.Parameter("recompute", inspect.Parameter.KEYWORD_ONLY, default=False)
-
-    def function(*args: Any, recompute: bool | int | str = False, **kwargs: Any) -> Any:
-        refused = [name for name in _LEFT_OUT if name in kwargs]
-        if refused:
-            raise TypeError(f"{name}() got an unexpected keyword argument {refused[0]!r}")
-        return core(*args, save=Recompute(recompute), **kwargs)
-
-    function.__name__ = function.__qualname__ = name
-    function.__wrapped__ = core  # type: ignore[attr-defined]
-    function.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
-    function.__doc__ = f"""`sru_rt.{core.__name__}` on arrays of JAX, a pure function under all of its transformations.
-
-    Args:
-        recompute: what the backward computes again to save memory: False nothing, K >= 1 all states but every K-th,
-            True these with K = 32, "x" these and U.
-
-    All else, shapes, dtypes and errors as `sru_rt.{core.__name__}`, without {", ".join(_LEFT_OUT)}. Options and
-    numbers such as alpha are constants of a program. Gradients are those of reverse mode, of any order.
-
-    Returns:
-        h (L, B, D*d) in the dtype of x, and the last state (D, B, d) in float32 (float64 for float64).
-    """
-    return function
+def _made(core: Callable[..., Any], name: str) -> Callable[..., Any]:
+    on = (
+        "arrays of JAX, a pure function under its transformations, in reverse mode; numbers such as alpha are constants"
+    )
+    return with_recompute(core, name, on, "the dtype of x")
 
 
-sru = _with_recompute(sru_rt.sru_forward, "sru")
-qrnn = _with_recompute(sru_rt.qrnn_forward, "qrnn")
-mingru = _with_recompute(sru_rt.mingru_forward, "mingru")
-minlstm = _with_recompute(sru_rt.minlstm_forward, "minlstm")
+sru = _made(sru_rt.sru_forward, "sru")
+qrnn = _made(sru_rt.qrnn_forward, "qrnn")
+mingru = _made(sru_rt.mingru_forward, "mingru")
+minlstm = _made(sru_rt.minlstm_forward, "minlstm")
 
 
 def own_cell(
@@ -76,7 +51,5 @@ def own_cell(
     """
     if not isinstance(cell, OwnCell):
         raise ArgumentError(f"own_cell: cell must be what sru_rt.cell made (got {type(cell).__name__})")
-    refused = [name for name in _LEFT_OUT if name in options]
-    if refused:
-        raise TypeError(f"own_cell() got an unexpected keyword argument {refused[0]!r}")
+    refuse_left_out("own_cell", options)
     return cell.forward(x, weight, params, c0, save=Recompute(recompute), **options)

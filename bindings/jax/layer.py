@@ -10,14 +10,11 @@ import jax
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from ...errors import ArgumentError
 from ...passes import Call
+from ..recompute import every
 from . import autodiff, ops, sharding
 from .projection import project
 from .statement import Stated
-
-# Steps between kept states where the caller leaves it to us: as in the core.
-_EVERY = 32
 
 
 def layer(
@@ -50,23 +47,6 @@ def layer(
     stated = Stated.of(Call(cell, tuple(constants), every(recompute), str(time_parallel)))
     beside_u = (c0, lengths, mask, reset, *arrays)
     return _jitted(stated, window, recompute == "x", x, tuple(factors), beside_u)
-
-
-def every(recompute: bool | int | str) -> int:
-    """Steps between the states that are kept."""
-    return _EVERY if recompute is True or recompute == "x" else int(recompute) or 1
-
-
-def check_recompute(function: str, value: Any) -> bool | int | str:
-    """`value`, if it is a policy of what the backward computes again."""
-    if isinstance(value, bool) or (isinstance(value, str) and value == "x"):
-        return value
-    if isinstance(value, int) and value >= 1:
-        return value
-    raise ArgumentError(
-        f"{function}: recompute must be False, True, a number K >= 1 of steps between kept states, or 'x' "
-        f"(got {value!r})"
-    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,20 +17,10 @@ from ...cell import Cell
 from ...errors import ArgumentError, LibraryError
 from ...inputs import Input
 from ...options import Options
+from ..recompute import Recompute, every, policy
 from . import autodiff, over_time
-from .layer import check_recompute, every, layer
+from .layer import layer
 from .reference import state_dtype
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """What the functions of this binding say in the place of `save`; see `layer.layer`.
-
-    `axis` is that of a mesh along which time is divided; see `over_time`.
-    """
-
-    value: bool | int | str
-    axis: Any = None
 
 
 class Jax:
@@ -136,22 +125,14 @@ def _stacked(states: Sequence[Array | None]) -> Array | None:
 
 
 def _policy(function: str, options: Options) -> Recompute:
-    """What is to be computed again; refuses what means nothing where the framework records and allocates."""
-    save = options.save
-    if not isinstance(save, Recompute) and save is not False and save is not None:
-        raise ArgumentError(
-            f"{function}: save={save!r} is not for arrays of JAX, which differentiates functions itself: leave it out "
-            "and use jax.grad or jax.vjp; the functions of sru_rt.bindings.jax have recompute="
-        )
-    for name in ("saved_dtype", "out"):
-        if getattr(options, name) is not None:
-            raise ArgumentError(f"{function}: {name}= is not available for arrays of JAX; leave it out")
-    if not isinstance(save, Recompute):
-        return Recompute(False)
-    check_recompute(function, save.value)
-    if save.axis is not None and save.value == "x":
+    instead = (
+        "which differentiates functions itself: leave it out and use jax.grad or jax.vjp; the functions of "
+        "sru_rt.bindings.jax have recompute="
+    )
+    found = policy(function, options, "arrays of JAX", instead)
+    if found.axis is not None and found.value == "x":
         raise ArgumentError(
             f"{function}: recompute='x' is not available where time is divided; wrap the call in jax.checkpoint, or "
             "give a number of steps"
         )
-    return save
+    return found

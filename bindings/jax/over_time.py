@@ -20,6 +20,7 @@ from ... import spec
 from ...errors import LibraryError
 from ...inputs import Input
 from ...passes import Call
+from ..recompute import Recompute
 from . import autodiff, ops, projection, reference, sharding
 from .ops import Operands
 from .statement import Stated
@@ -240,8 +241,6 @@ def sharded_recurrence(
         LibraryError: the cell is not affine in its states, there is no such axis, or a stretch is shorter than what a
             window sees. All else as `function`.
     """
-    from .library import Recompute
-
     function = getattr(function, "__wrapped__", function)
     size("sharded_recurrence", axis_name)
     if lengths is not None and hasattr(x, "shape"):

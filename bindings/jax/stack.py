@@ -25,8 +25,9 @@ from ...check import Check
 from ...dtypes import IO_DTYPES
 from ...errors import ArgumentError, DtypeError
 from ...passes import declared
+from ..recompute import check_recompute
 from .init import kept
-from .layer import check_recompute, layer
+from .layer import layer
 from .reference import state_dtype
 from .sequences import Layout, as_array, checked, layout_of, like_input
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,43 +14,26 @@ import sru_rt
 from ... import spec
 from ...errors import ArgumentError
 from ...own import OwnCell
-from .library import Recompute
-
-_LEFT_OUT = ("save", "saved_dtype", "out")  # of the core's arguments: PyTorch records gradients and owns memory
+from ..recompute import Recompute, with_recompute
 
 
-def _with_recompute(core: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function of the core with `recompute=` in place of what is said otherwise in PyTorch."""
-    parameters = [p for p in inspect.signature(core).parameters.values() if p.name not in _LEFT_OUT]
-    added = inspect.Parameter("recompute", inspect.Parameter.KEYWORD_ONLY, default=False)
+def _settled(option: Any) -> Any:
+    """A number, or numbers, of which the compiler left open what they are, as it does with arguments of programs."""
+    if isinstance(option, (list, tuple)):
+        return type(option)(map(_settled, option))
+    return int(option) if isinstance(option, torch.SymInt) else option
 
-    def function(*args: Any, recompute: bool | int | str = False, **kwargs: Any) -> Any:
-        refused = [name for name in _LEFT_OUT if name in kwargs]
-        if refused:
-            raise TypeError(f"{name}() got an unexpected keyword argument {refused[0]!r}")
-        return core(*args, save=Recompute(_settled(recompute)), **{name: _settled(v) for name, v in kwargs.items()})
 
-    function.__name__ = function.__qualname__ = name
-    function.__signature__ = inspect.Signature([*parameters, added])
-    function.__doc__ = f"""`sru_rt.{core.__name__}` on tensors, differentiable and traceable.
-
-    Args:
-        recompute: what the backward computes again to save memory: False nothing, K >= 1 all states but every K-th,
-            True these with K = 32, "x" these and U.
-
-    All else, shapes, dtypes and errors as `sru_rt.{core.__name__}`, without {", ".join(_LEFT_OUT)}.
-
-    Returns:
-        h (L, B, D*d) in the dtype of U, that of autocast if it is on, and the last state (D, B, d) in float32 (float64
-        for float64).
-    """
+def _made(core: Callable[..., Any], name: str) -> Callable[..., Any]:
+    result = "the dtype of U, that of autocast if it is on"
+    function = with_recompute(core, name, "tensors, differentiable and traceable", result, _settled)
     return torch.compiler.allow_in_graph(function)
 
 
-sru = _with_recompute(sru_rt.sru_forward, "sru")
-qrnn = _with_recompute(sru_rt.qrnn_forward, "qrnn")
-mingru = _with_recompute(sru_rt.mingru_forward, "mingru")
-minlstm = _with_recompute(sru_rt.minlstm_forward, "minlstm")
+sru = _made(sru_rt.sru_forward, "sru")
+qrnn = _made(sru_rt.qrnn_forward, "qrnn")
+mingru = _made(sru_rt.mingru_forward, "mingru")
+minlstm = _made(sru_rt.minlstm_forward, "minlstm")
 
 
 def own_cell(
@@ -85,13 +67,6 @@ def own_cell(
 def _own_cell(text: str, *args: Any, recompute: bool | int | str, **options: Any) -> Any:
     options = {name: _settled(value) for name, value in options.items()}
     return _cell_of(text).forward(*args, save=Recompute(_settled(recompute)), **options)
-
-
-def _settled(option: Any) -> Any:
-    """A number, or numbers, of which the compiler left open what they are, as it does with arguments of programs."""
-    if isinstance(option, (list, tuple)):
-        return type(option)(map(_settled, option))
-    return int(option) if isinstance(option, torch.SymInt) else option
 
 
 @functools.cache

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError
 from ...passes import Call
+from ..recompute import every
 from . import autograd, fused, native, ops
 from .autograd import recurrence
 from .projection import as_autocast, project, rows, seen, without_autocast, without_padding
-
-# Steps between kept states where the caller leaves it to us: as in the core.
-_EVERY = 32
 
 
 def layer(
@@ -83,23 +80,6 @@ def _filled(arrays: Sequence[Tensor | None], x: Tensor, D: int, d: int) -> list[
     return [x.reshape(*x.shape[:2], D, d) if a is None else a for a in arrays]
 
 
-def every(recompute: bool | int | str) -> int:
-    """Steps between the states that are kept."""
-    return _EVERY if recompute is True or recompute == "x" else int(recompute) or 1
-
-
-def check_recompute(function: str, value: Any) -> bool | int | str:
-    """`value`, if it is a policy of what the backward computes again."""
-    if isinstance(value, bool) or (isinstance(value, str) and value == "x"):
-        return value
-    if isinstance(value, (int, torch.SymInt)) and int(value) >= 1:  # a compiler may leave open what a number is
-        return int(value)
-    raise ArgumentError(
-        f"{function}: recompute must be False, True, a number K >= 1 of steps between kept states, or 'x' "
-        f"(got {value!r})"
-    )
-
-
 def _forming_u_again(
     cell: str,
     x: Tensor,
@@ -112,7 +92,7 @@ def _forming_u_again(
     time_parallel: str,
 ) -> tuple[Tensor, Tensor]:
     """A layer of which U is formed again in the backward."""
-    call = Call(cell, constants, _EVERY, time_parallel, autograd.keeps(x, *factors, c0, *arrays))
+    call = Call(cell, constants, every("x"), time_parallel, autograd.keeps(x, *factors, c0, *arrays))
     x, *factors = (as_autocast(t) for t in (x, *factors))
     others = native.beside_u(call, x.dtype, (c0, *flags, *arrays))
     with without_autocast(x.device.type):  # it is off when the backward forms U

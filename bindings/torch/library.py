@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,22 +13,16 @@ from torch import Tensor
 
 from ... import spec
 from ...cell import Cell
-from ...errors import ArgumentError, LibraryError
+from ...errors import LibraryError
 from ...inputs import Input
 from ...layer import apart
 from ...options import Options
+from ..recompute import every, policy
 from . import autograd, given
-from .layer import check_recompute, every, layer
+from .layer import layer
 from .projection import as_autocast
 
 _DEVICES = ("cpu", "cuda", "meta")
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """What the functions of this binding say in the place of `save`; see `layer.layer`."""
-
-    value: bool | int | str
 
 
 class PyTorch:
@@ -110,7 +103,11 @@ def run(
     projected: Input | None,
 ) -> tuple[Any, ...]:
     """Runs a layer, or a recurrence if nothing is projected; see `sru_rt.library.Library.layer`."""
-    recompute = _policy(function, options)
+    instead = (
+        "which records their gradient itself: leave it out and call backward() on the loss; the functions of "
+        "sru_rt.bindings.torch have recompute="
+    )
+    recompute = policy(function, options, "tensors of PyTorch", instead).value
     lengths, mask, reset = flags
     text, n = spec.text_of(cell), len(cell.state)
     (gates,) = (a.name for a in cell.arrays if a.kind == "gates")
@@ -139,17 +136,3 @@ def _stacked(states: Sequence[Tensor | None]) -> Tensor | None:
         return None
     dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
     return torch.stack([torch.zeros_like(given, dtype=dtype) if s is None else s.to(dtype) for s in states])
-
-
-def _policy(function: str, options: Options) -> bool | int | str:
-    """What is to be computed again; refuses what means nothing where the framework records and allocates."""
-    save = options.save
-    if not isinstance(save, Recompute) and save is not False and save is not None:
-        raise ArgumentError(
-            f"{function}: save={save!r} is not for tensors of PyTorch, which records their gradient itself: leave it "
-            "out and call backward() on the loss; the functions of sru_rt.bindings.torch have recompute="
-        )
-    for name in ("saved_dtype", "out"):
-        if getattr(options, name) is not None:
-            raise ArgumentError(f"{function}: {name}= is not available for tensors of PyTorch; leave it out")
-    return check_recompute(function, save.value) if isinstance(save, Recompute) else False

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ... import spec
 from ...cell import Cell
 from ...check import Check
+from ..recompute import check_recompute
 from . import given
-from .layer import check_recompute
 
 
 class Recipe(NamedTuple):

@@ -14,9 +14,10 @@ from ... import spec
 from ...cells.sru import Options, sru_cell
 from ...check import Check
 from ...errors import ShapeError
+from ..recompute import check_recompute, every
 from . import given, sru_given
 from .autograd import recurrence
-from .layer import check_recompute, every, layer
+from .layer import layer
 from .projection import without_padding
 
 
