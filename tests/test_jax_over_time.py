@@ -30,9 +30,12 @@ SHARED = """
     rng = np.random.default_rng(0)
     L, B, d, d_in = 12, 3, 5, 4
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
-    shard_map = jax.shard_map if hasattr(jax, "shard_map") else jax.experimental.shard_map.shard_map
-    # JAX checks what varies from device to device where it can.
-    unchecked = {"check_vma": False} if hasattr(jax, "shard_map") else {"check_rep": False}
+    try:
+        from jax import shard_map
+        unchecked = {"check_vma": False}  # of what varies from device to device
+    except ImportError:
+        from jax.experimental.shard_map import shard_map
+        unchecked = {"check_rep": False}
 
     @sru_rt.cell(gates="a f g n", params="b", state="c m")
     def coupled(a, f, g, n, b, c, m):
@@ -103,7 +106,7 @@ CELLS = """
     for D, flags, recompute in cases[n]:
         for i, (name, (function, given, along, options)) in enumerate(of_cells(D).items()):
             flagged = flags_of(flags)
-            more = {} if hasattr(jax, "shard_map") and (i + D) % 2 else unchecked
+            more = {} if "check_vma" in unchecked and (i + D) % 2 else unchecked
             alone = whole(function, options, flagged)
             together = divided(function, along, options, flagged, recompute, **more)
             wanted = alone(*given)

@@ -19,6 +19,7 @@ TESTS = (
     ("test_jax_functions.py", "functions_of_the_core or without_64 or numbers or own_cell or lengths"),
     ("test_jax_transforms.py", "vmap_is_a_loop or remat or donated or minlstm or threads or recomputation or by_this"),
     ("test_jax_sharding.py", "2"),
+    ("test_jax_over_time.py", "mistakes or (one_device and 2)"),
     ("test_jax_export.py", ""),
 )
 
