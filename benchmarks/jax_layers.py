@@ -124,11 +124,10 @@ def recurrences(p: Layer, group: str) -> list[Row]:
 
 
 def layers(p: Layer) -> list[Row]:
-    """The layer of SRU, and its products alone."""
+    """The layer of SRU under two policies of memory, and its products alone."""
     d = p.shape[2]
     x, weight, bias, v, dh = map(jnp.asarray, (p.x, p.weight, p.bias, p.v, p.dh))
     expected = {name: p.expected[name] for name in ("h", "x", "weight", "bias", "v")}
-    made = calls(lambda *given: sru(*given, alpha=ALPHA)[0], (x, weight, bias, v), dh)
     matrix, du = weight.reshape(3 * d, d), jnp.ones((x.shape[0] * x.shape[1], 3 * d), x.dtype)
 
     def product(x: Any, w: Any) -> Any:
@@ -136,7 +135,17 @@ def layers(p: Layer) -> list[Row]:
 
     products = calls(product, (x, matrix), du)
     rows = [Row(f"products, {which}", p.threads, call) for which, call in products.items()]
-    return rows + rows_of("layer of SRU", made, expected, p.threads, "", False)
+    for recompute in (False, True):
+        layer = functools.partial(sru, alpha=ALPHA, recompute=recompute)
+        made = calls(lambda *given, layer=layer: layer(*given)[0], (x, weight, bias, v), dh)
+        rows += rows_of(f"layer of SRU, recompute={recompute}", made, expected, p.threads, "", False)
+    return [row if row.label.startswith("products") else as_product(row) for row in rows]
+
+
+def as_product(row: Row) -> Row:
+    """A row held against the products of its pass."""
+    which = PASSES["backward" in row.label]
+    return row._replace(against=f"products, {which}", sense="x")
 
 
 def prepare(shape: Shape, threads: int, group: str) -> list[Row]:
