@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -132,10 +133,12 @@ def fork(function):
 """
 
 
-def run(code: str, **environment: str) -> str:
+def run(code: str, folder: Path, **environment: str) -> str:
+    """Runs a program in a folder where only what is installed is found."""
     left_out = ("SRU_RT_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        cwd=folder,
         env={k: v for k, v in os.environ.items() if k not in left_out} | environment,
         capture_output=True,
         text=True,
@@ -146,18 +149,21 @@ def run(code: str, **environment: str) -> str:
 
 
 @needs_fork
-def test_a_forked_child_has_threads_of_its_own():
+def test_a_forked_child_has_threads_of_its_own(tmp_path):
     """A team of OpenMP is gone in a child, which would wait for it for ever."""
-    run("""
+    run(
+        """
         wanted = work()
         assert native._threads()
         fork(same)
         fork(lambda: fork(same))
         same()
-    """)
+    """,
+        tmp_path,
+    )
 
 
-def test_a_smaller_team_does_all_of_the_work():
+def test_a_smaller_team_does_all_of_the_work(tmp_path):
     run(
         """
         wanted = work()
@@ -166,5 +172,6 @@ def test_a_smaller_team_does_all_of_the_work():
         native._plans.clear()
         same()
         """,
+        tmp_path,
         OMP_THREAD_LIMIT="2",
     )
