@@ -7,6 +7,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 using namespace xla_ffi;
 
@@ -20,6 +23,8 @@ struct Field {
   int64_t buffer, rest;
 };
 
+const int F32 = 11, F64 = 12;   // of XLA's numbers of dtypes
+const int64_t LARGE = 4 << 20;  // bytes from which on a result is worth the call
 const int MAX_FIELDS = 1 << 13, MAX_MESSAGE = 1 << 13;
 
 // What the planner fills in; kernel null: `message` says what is wrong.
@@ -105,8 +110,23 @@ const Plan *find(uint64_t hash, const int64_t *key, size_t bytes) {
   return nullptr;
 }
 
+// XLA maps memory anew for large results at each call, whose small pages cost several times what the kernel does.
+void ask_for_large_pages(const Buffer *b) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  int64_t bytes = b->dtype == F64 ? 8 : b->dtype == F32 ? 4 : 2;
+  for (int64_t j = 0; j < b->rank; j++) bytes *= b->dims[j];
+  if (bytes < LARGE) return;
+  const uintptr_t page = 1 << 12, first = ((uintptr_t)b->data + page - 1) & ~(page - 1);
+  const uintptr_t end = ((uintptr_t)b->data + bytes) & ~(page - 1);
+  madvise((void *)first, end - first, MADV_HUGEPAGE);  // where it cannot be, nothing changes
+#else
+  (void)b;
+#endif
+}
+
 void run(const Frame *frame, Kernel kernel, void *pool, int tasks, const Field *fields, int64_t n) {
   int64_t *const arguments = (int64_t *)__builtin_alloca(n * sizeof(int64_t));
+  for (int64_t i = 0; i < frame->results.size; i++) ask_for_large_pages(frame->results.buffers[i]);
   for (int64_t i = 0; i < n; i++) {
     const int64_t b = fields[i].buffer;
     arguments[i] = fields[i].rest + (b < 0 ? 0 : (int64_t)buffer_of(frame, b)->data);
