@@ -369,7 +369,7 @@ def test_importing_the_binding_makes_no_backend(tmp_path):
 @pytest.mark.parametrize("case", [("sru", {}, 1), ("mingru", {}, 32), ("qrnn", {"zoneout": "bool"}, 32)], ids=str)
 def test_on_a_gpu(case, plan, place, monkeypatch):
     if place.name == "gpu":
-        pytest.skip("memory of the host is no place for the results of a GPU")
+        pytest.skip("calls the handler on memory of the host; test_gpu.py::test_jax calls it on a GPU")
     cell, options, every = case
     Way(plan).go(monkeypatch)
     monkeypatch.setattr(gpus, "here", lambda: (_DEVICE,))

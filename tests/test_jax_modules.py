@@ -167,6 +167,10 @@ def test_layers_factors_and_seeds_differ(family):
     assert not np.isclose(p.ravel()[:20] * math.sqrt(3), q.ravel()[:20] * math.sqrt(8)).any()
 
 
+def drawn_in_a_program(init, key, **kwargs):
+    return jax.jit(lambda key: init(key, N, SIZE, dtype=jnp.float64, **kwargs)[0])(key)
+
+
 def test_initial_parameters_of_functions():
     key = jax.random.key(3)
     for cell, kwargs in (
@@ -183,7 +187,7 @@ def test_initial_parameters_of_functions():
         shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), [params[name] for name in params])
         assert shapes == jax.tree.map(lambda a: (a.shape, str(a.dtype)), [wanted[name] for name in params])
         close(params.get("bias"), wanted.get("bias"))
-        close(jax.jit(lambda key: init(key, N, SIZE, dtype=jnp.float64, **kwargs)[0])(key), params, 1e-15)  # noqa: B023
+        close(drawn_in_a_program(init, key, **kwargs), params, 1e-15)
         h, _ = getattr(binding, cell)(tokens(), **params, **options)
         assert jnp.isfinite(h).all()
         assert list(inspect.signature(init).parameters)[:3] == ["key", "d_in", "d"]

@@ -35,7 +35,7 @@ _DTYPES = {1: "bool", 4: "int32", 5: "int64", 10: "float16", 11: "float32", 12: 
 
 
 class Extension(Structure):
-    pass
+    """A link of a list; its fields, which name the class itself, are below."""
 
 
 Extension._fields_ = [("struct_size", c_size_t), ("type", c_int), ("next", POINTER(Extension))]

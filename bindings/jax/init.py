@@ -56,7 +56,8 @@ def _with_key(core: Callable[..., Any]) -> Callable[..., Any]:
     taken = [p for name, p in inspect.signature(core).parameters.items() if name not in _LEFT_OUT]
     key = inspect.Parameter("key", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Array)
     init.__name__ = init.__qualname__ = core.__name__
-    init.__signature__ = inspect.Signature([key, *taken])  # type: ignore[attr-defined]
+    described: Any = init  # functions may have a signature, of which type checkers know nothing
+    described.__signature__ = inspect.Signature([key, *taken])
     init.__doc__ = f"""`sru_rt.{core.__name__}` with random numbers of JAX, also in programs::
 
         params, options = {core.__name__}(jax.random.key(0), d_in, d)
