@@ -1,9 +1,11 @@
-// A small pool of threads for the CPU sweeps. One per process, compiled once, shared by all kernels.
+// What all kernels of the CPU share, compiled once: a small pool of threads, one per process, and calls of kernels whose
+// arguments are settled but for the addresses.
 //
 // The caller works too, so a pool of n threads has n - 1 workers. A second caller who finds the pool busy does its work
 // alone. After fork() the child starts without workers and makes its own when it needs them.
 #include <pthread.h>
 #include <stddef.h>
+#include <stdint.h>
 
 typedef void (*Task)(void *argument, int i);
 
@@ -119,4 +121,25 @@ extern "C" __attribute__((visibility("default"))) void parallel_for_openmp(Task 
   if (!openmp.parallel) return parallel_for(task, argument, n);
   Job job = {task, argument, n};
   openmp.parallel(share_of_job, &job, n, 0);
+}
+
+// A kernel and its arguments: each takes eight bytes, `rest`, to which the address (or constant, with `rest` 0) number
+// `number` is added if that is not negative.
+struct Field {
+  int64_t number, rest;
+};
+struct Prepared {
+  void (*kernel)(const void *arguments, void *parallel_for, int tasks);
+  void *parallel_for;
+  int64_t tasks, n_fields;
+  Field fields[];
+};
+
+extern "C" __attribute__((visibility("default"))) void run_prepared(const Prepared *p, const int64_t *addresses) {
+  int64_t *const arguments = static_cast<int64_t *>(__builtin_alloca(p->n_fields * sizeof(int64_t)));
+  for (int64_t i = 0; i < p->n_fields; i++) {
+    const Field f = p->fields[i];
+    arguments[i] = f.rest + (f.number < 0 ? 0 : addresses[f.number]);
+  }
+  p->kernel(arguments, p->parallel_for, static_cast<int>(p->tasks));
 }

@@ -10,11 +10,12 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,24 @@ def openmp_pool(library: ctypes.CDLL) -> int:
     return _address(_pool().parallel_for_openmp)
 
 
+def prepared(
+    kernel: Callable[..., None], pool: int | None, tasks: int, fields: Sequence[tuple[int | None, int]]
+) -> Callable[[bytes], None]:
+    """A kernel as a function of packed addresses, which go into its `fields` (see `sru_rt.prepared`)."""
+    numbers = [n for number, rest in fields for n in (-1 if number is None else number, rest)]
+    settled = struct.pack(f"={4 + len(numbers)}q", _address(kernel), pool or 0, tasks, len(fields), *numbers)
+    return functools.partial(_run_prepared(), settled)
+
+
+@functools.cache
+def _run_prepared() -> Callable[[bytes, bytes], None]:
+    entry = _pool().run_prepared
+    entry.argtypes, entry.restype = (ctypes.c_char_p, ctypes.c_char_p), None
+    return entry
+
+
 def _pool() -> ctypes.CDLL:
-    return load(source.pool(), "parallel_for", "use_openmp", "parallel_for_openmp")
+    return load(source.pool(), "parallel_for", "use_openmp", "parallel_for_openmp", "run_prepared")
 
 
 def _address(function: Any) -> int:

@@ -181,7 +181,7 @@ class Passes:
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self._call.keep else 0, self._kept * B * D * d),
         )
-        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
+        return Pass(self._prepared(arguments, len(at)), results)
 
     def backward(self, saved: Layout, dh: Layout, dlast: Layout | None, need: Sequence[bool]) -> Pass:
         """Args:
@@ -215,7 +215,7 @@ class Passes:
             dc0=self._each(dc0, D * B * d),
             saved_chunk=self._forward_chunk,
         )
-        return Pass(Prepared(self._variant, arguments, self._device, self._threads), results)
+        return Pass(self._prepared(arguments, len(at)), results)
 
     def allocated_by_backward(self) -> list[Layout | None]:
         """The results of `backward`."""
@@ -232,6 +232,10 @@ class Passes:
             Layout((len(cell.state), rows, B, D, d), self._acc) if scratch else None,
             *self._carry(chunk),
         ]
+
+    def _prepared(self, arguments: abi.Forward | abi.Backward, n: int) -> Prepared:
+        """Of `n` addresses beside the constants."""
+        return Prepared(self._variant, arguments, len(self._call.constants) + n, self._device, self._threads)
 
     def _places(self, n: int) -> list[int]:
         """Of operands and results; constants come before them."""

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from . import abi, launch
+from . import abi, compile_cpu, launch
 from .variant import Variant
 
 _PLACE = 1 << 48  # beyond any size, stride or offset
@@ -39,24 +39,26 @@ class Prepared:
 
     Args:
         arguments: with `place(i)` in place of the i-th address or constant. Addresses that are 0 are not there.
+        n: the number of constants and addresses; the constants are the first of them.
         device: as for `launch.run`.
-        threads: as for `launch.bound`.
+        threads: as for `launch.entry`.
     """
 
     def __init__(
         self,
         variant: Variant,
         arguments: abi.Forward | abi.Backward,
+        n: int,
         device: str = "cpu",
         threads: launch.Threads | None = None,
     ) -> None:
         self._variant, self._arguments, self._device = variant, arguments, device
         values = abi.values(arguments)
         self._parts = [divmod(v, _PLACE) if isinstance(v, int) else (0, v) for v in values]
-        self._values = [rest for _, rest in self._parts]
-        self._places = [(field, number - 1, rest) for field, (number, rest) in enumerate(self._parts) if number]
-        self._pack = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
-        self._kernel = launch.bound(variant, arguments, threads) if device == "cpu" else None
+        entry = launch.entry(variant, arguments, threads) if device == "cpu" else None
+        self._filled_in = entry and compile_cpu.prepared(*entry, [self._field(*part) for part in self._parts])
+        n_constants = len(arguments.given.constants)
+        self._pack = struct.Struct(f"={n_constants}d{n - n_constants}q").pack
 
     def entry(self) -> launch.Entry | None:
         """The CPU's kernel, for callers in other languages; None where NumPy is to do the work."""
@@ -66,7 +68,7 @@ class Prepared:
         """The packed arguments, for callers in other languages; `constants` are the first of the addresses."""
         return [self._field(number, rest, constants) for number, rest in self._parts]
 
-    def _field(self, number: Any, rest: Any, constants: Sequence[float]) -> Field:
+    def _field(self, number: Any, rest: Any, constants: Sequence[float] = ()) -> Field:
         if 0 < number <= len(constants):
             number, rest = 0, float(constants[number - 1])
         if isinstance(rest, float):
@@ -80,13 +82,10 @@ class Prepared:
 
     def run(self, addresses: Sequence[float], stream: int = 0) -> None:
         """Runs the pass in order on `stream`."""
-        if self._kernel is None:
+        if self._filled_in:
+            self._filled_in(self._pack(*addresses))
+        else:
             launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
-            return
-        values = self._values.copy()
-        for field, number, rest in self._places:
-            values[field] = addresses[number] + rest if rest else addresses[number]
-        self._kernel(self._pack(*values))
 
 
 def _filled(value: Any, addresses: Sequence[float]) -> Any:

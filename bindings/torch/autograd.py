@@ -55,21 +55,16 @@ def recurrence(
         call = Call(cell, tuple(constants), every, str(time_parallel), keeps(u, c0, *arrays))
         h, last, _ = _Traced.apply(call, *native.operands(call, given))
         return h.flatten(2), last
-    call = Call(cell, tuple(constants), every, str(time_parallel), records(u, c0, *arrays))
-    plan, o = _planned(call, given)
-    if call.keep:
-        return _apply(call, plan, *o)
-    h, last, _ = native.forward(plan, call, o)
+    keep, policy = records(*given), str(time_parallel)
+    plan = native.known(((cell, len(constants), every, policy, keep), native.layout(*given)))
+    if plan is None:
+        call = Call(cell, tuple(constants), every, policy, keep)
+        given = native.operands(call, given)
+        plan = native.forward_plan(call, given) or native.make_forward_plan(call, given)
+    if keep:
+        return _apply(Call(cell, tuple(constants), every, policy), plan, *given)
+    h, last, _ = native.forward(plan, constants, given)
     return h, last
-
-
-def _planned(call: Call, given: Operands) -> tuple[Plan, Operands]:
-    """The plan of a forward, and its operands. Tensors of a layout that has been met before are taken as they are."""
-    plan = native.forward_plan(call, given)
-    if plan is not None:
-        return plan, given
-    o = native.operands(call, given)
-    return native.forward_plan(call, o) or native.make_forward_plan(call, o), o
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -133,7 +128,7 @@ class _Eager(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, plan: Plan, *o: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        h, last, saved = native.forward(plan, call, o)
+        h, last, saved = native.forward(plan, call.constants, o)
         ctx.call = call
         ctx.save_for_backward(*o, saved)
         return h, last

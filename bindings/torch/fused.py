@@ -77,7 +77,7 @@ def _forward(call: Call, plan: _Plan, x: Tensor, factor: Tensor, others: Operand
     w, u = matrix(factor), native.empty(x, plan.shape)
     torch.mm(x.view(-1, x.shape[2]), w, out=u.view(-1, w.shape[1]))
     o = (u, *_with_x(x, factor.shape, others, plan.highway))
-    return *native.forward(plan.recurrence, call, o), u, w
+    return *native.forward(plan.recurrence, call.constants, o), u, w
 
 
 class _Layer(Function):

@@ -109,7 +109,8 @@ class _Layer(autograd.ReverseMode):
     def forward(call: Call, window: int, n: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         o = (_u(window, x, rest[:n], rest[n:]).contiguous(), *rest[n:])
         if autograd.is_eager(*o):
-            h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), call, o)
+            plan = native.forward_plan(call, o) or native.make_forward_plan(call, o)
+            h, last, saved = native.forward(plan, call.constants, o)
             return h, last, last.new_empty(0) if saved is None else saved
         h, last, saved = ops.forward(call, o)
         return h.flatten(2), last, saved

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     results: Sequence[_Result | None]
     gpu: torch.device | None
 
-    def run(self, constants: tuple[float, ...], *tensors: Tensor | None) -> None:
+    def run(self, constants: Sequence[float], tensors: Sequence[Tensor | None]) -> None:
         """Runs the pass on the operands and results, in order on PyTorch's current stream."""
         addresses = [*constants, *[0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]]
         if self.gpu is None:
@@ -69,8 +69,7 @@ def _nowhere(tensor: Tensor) -> int:
 class _Result(NamedTuple):
     """A tensor to allocate for a call."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None for that of U: to name it would cost as much again
+    like: Tensor  # of this shape, dtype and device; without memory for all of it
     is_large: bool  # and on the host
 
 
@@ -116,7 +115,7 @@ def _as(tensor: Tensor | None, dtype: torch.dtype, rows: bool = False) -> Any:
     return tensor if rows and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def layout(*tensors: Tensor | None) -> Hashable:
+def layout(*tensors: Tensor | None) -> tuple[Any, ...]:
     """All that a plan depends on but the call. Tensors with the layout of operands are operands."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_neg()) for t in tensors])
 
@@ -144,10 +143,10 @@ def make_forward_plan(call: Call, o: Operands) -> Plan:
     return remember((call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
 
 
-def forward(plan: Plan, call: Call, o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(plan: Plan, constants: Sequence[float], o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are."""
-    h, last, saved, *_ = made = _allocate(o[0], plan.results)
-    plan.run(call.constants, *o, *made)
+    h, last, saved, *_ = made = _allocate(plan.results)
+    plan.run(constants, [*o, *made])
     return h, last, saved
 
 
@@ -166,9 +165,9 @@ def backward(
     if plan is None:
         layouts = [_layout_of(t) for t in (saved, dh, dlast)]
         plan = remember(key, _plan(_passes(call, o).backward(*layouts, need), o[0]))
-    made = _allocate(o[0], plan.results)
+    made = _allocate(plan.results)
     found = gradients_like(o, need)
-    plan.run(call.constants, *o, saved, dh, dlast, *found, *made)
+    plan.run(call.constants, [*o, saved, dh, dlast, *found, *made])
     found[1] = made[0] if need[1] else None
     return found
 
@@ -220,36 +219,39 @@ def _layout_of(tensor: Tensor | None) -> Layout | None:
 
 def _plan(prepared: Pass, u: Tensor) -> Plan:
     """A pass beside U."""
-    gpu = _gpu(u)
-    results = [None if r is None else _result(r, u.dtype, gpu is None) for r in prepared.results]
-    return Plan(prepared.prepared, results, gpu)
+    results = [None if r is None else _result(r, u.device) for r in prepared.results]
+    return Plan(prepared.prepared, results, _gpu(u))
 
 
-def _result(layout: Layout, like: torch.dtype, on_host: bool) -> _Result:
+def _result(layout: Layout, device: torch.device) -> _Result:
     dtype = _DTYPES[layout.dtype]
-    is_large = on_host and prod(layout.shape) * dtype.itemsize >= _LARGE
-    return _Result(layout.shape, None if dtype == like else dtype, is_large)
+    is_large = device.type == "cpu" and prod(layout.shape) * dtype.itemsize >= _LARGE
+    return _Result(torch.empty((), dtype=dtype, device=device).expand(layout.shape), is_large)
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised memory of a dtype and on a device, large memory on the host from the core."""
-    return _empty(like, shape, None, like.is_cpu and prod(shape) * like.element_size() >= _LARGE)
+    if like.is_cpu and prod(shape) * like.element_size() >= _LARGE:
+        return _large(shape, like.dtype)
+    return like.new_empty(shape)
 
 
-def _allocate(u: Tensor, results: Sequence[_Result | None]) -> list[Any]:
-    return [r if r is None else _empty(u, r.shape, r.dtype, r.is_large) for r in results]
+def _allocate(results: Sequence[_Result | None]) -> list[Any]:
+    """Uninitialised memory for results. `empty_like` takes two thirds of the time of `new_empty`."""
+    return [
+        r if r is None else _large(r.like.shape, r.like.dtype) if r.is_large else torch.empty_like(r.like)
+        for r in results
+    ]
 
 
-def _empty(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, is_large: bool) -> Tensor:
-    if is_large:  # in memory that the core keeps for the next call, as fresh pages cost as much as a pass over them
-        dtype = dtype or u.dtype
-        found = torch.from_numpy(memory.empty(shape, _NUMPY[dtype]))
-        return found.view(dtype) if dtype == torch.bfloat16 else found
-    return u.new_empty(shape) if dtype is None else u.new_empty(shape, dtype=dtype)
+def _large(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that the core keeps for the next call, as fresh pages cost as much as a pass over them."""
+    found = torch.from_numpy(memory.empty(shape, _NUMPY[dtype]))
+    return found.view(dtype) if dtype == torch.bfloat16 else found
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
     """Contiguous memory, whatever the strides of a tensor, which may be a part of a larger one."""
     if tensor.is_cpu and type(tensor) is Tensor and tensor.numel() * tensor.element_size() >= _LARGE:
-        return _empty(tensor, tuple(tensor.shape), None, True)
+        return _large(tensor.shape, tensor.dtype)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

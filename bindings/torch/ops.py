@@ -60,7 +60,8 @@ def split(arguments: Sequence[Any]) -> tuple[Call, Operands]:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, o = split(arguments)
-    h, last, saved = native.forward(native.forward_plan(call, o) or native.make_forward_plan(call, o), call, o)
+    plan = native.forward_plan(call, o) or native.make_forward_plan(call, o)
+    h, last, saved = native.forward(plan, call.constants, o)
     L, B, D, _, d = o[0].shape
     return h.view(L, B, D, d), last, last.new_empty(0) if saved is None else saved
 
