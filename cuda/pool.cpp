@@ -1,5 +1,5 @@
-// What all kernels of the CPU share, compiled once: a small pool of threads, one per process, and calls of kernels whose
-// arguments are settled but for the addresses.
+// What all kernels of the CPU share, compiled once: a small pool of threads, one per process, and calls of kernels
+// whose arguments are settled but for the addresses.
 //
 // The caller works too, so a pool of n threads has n - 1 workers. A second caller who finds the pool busy does its work
 // alone. After fork() the child starts without workers and makes its own when it needs them.
