@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import dlpack
+from . import dlpack, repeat
 from . import library as libraries
 from .errors import ArgumentError, LibraryError
 
@@ -43,6 +43,19 @@ def call(
 
     See `array_function`.
     """
+    key = repeat.key(function, args, kwargs)
+    if key is None:
+        return _call(function, name, names, args, kwargs)
+    known = repeat.known(key)
+    if known is not None:
+        return known((*args, *kwargs.values()))
+    with repeat.asked(key, names, args, kwargs):
+        return _call(function, name, names, args, kwargs)
+
+
+def _call(
+    function: Callable[..., Any], name: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     found = {kind for value in _leaves((*args, *kwargs.values())) if (kind := _library_of(value))}
     if found <= {"numpy"}:
         return function(*args, **kwargs)

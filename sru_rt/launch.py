@@ -87,9 +87,13 @@ def has_kernel(variant: Variant) -> bool:
     return _kernel(variant) is not None
 
 
-def load(variant: Variant, arguments: abi.Forward | abi.Backward, device: str) -> None:
-    """Has the kernels for such calls on a GPU, which is the current device, compiled and loaded; see `run`."""
-    launch_gpu.prepare(variant, arguments, int(device.partition(":")[2] or 0))
+def loaded(variant: Variant, arguments: abi.Forward | abi.Backward, device: str) -> Callable[[bytes, int], None]:
+    """A pass on a GPU, which is the current device, as a function of the packed arguments and the stream.
+
+    Its kernels are compiled and loaded now; see `run`. Addresses may be others, if they are aligned as these are.
+    """
+    planned = launch_gpu.prepare(variant, arguments, int(device.partition(":")[2] or 0))
+    return lambda packed, stream: launch_gpu.launch(planned, packed, arguments.given, stream)
 
 
 def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:

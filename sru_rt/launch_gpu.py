@@ -52,10 +52,13 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
         CompileError: CuPy or NVRTC are missing, or do not know the GPU.
         LibraryError: the GPU's driver refuses the code, or the arrays or sizes are beyond what a kernel takes.
     """
-    launch = prepare(variant, arguments, device)
-    values = (np.frombuffer(abi.pack(variant.cell, arguments), launch.struct),)
-    on, given = _Stream(stream), arguments.given
-    for function, (x, y, z), block, shared, but in launch.kernels:
+    launch(prepare(variant, arguments, device), abi.pack(variant.cell, arguments), arguments.given, stream)
+
+
+def launch(planned: _Launch, packed: bytes, given: abi.Given, stream: int) -> None:
+    """Launches a planned pass with packed arguments, of which `given` has the sizes."""
+    values, on = (np.frombuffer(packed, planned.struct),), _Stream(stream)
+    for function, (x, y, z), block, shared, but in planned.kernels:
         depth = z if but is None else chunks.count(given.L, given.chunk) - but
         function((x, y, depth), block, values, shared_mem=shared, stream=on)
 

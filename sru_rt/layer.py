@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import recurrence
+from . import recurrence, repeat
 from .cell import Array, Cell
 from .check import Check
 from .dtypes import state_dtype, to_numpy
@@ -104,6 +104,7 @@ def forward(
     h = None if h is None else h.reshape(L, B, D, d)
     h, last, states = recurrence.forward(operands, every, kept_dtype, h, c_last)
     result = (h.reshape(L, B, D * d), _one_or_all(last))
+    repeat.remember(operands, check.names, options, projected, every)
     if not every:
         return result
     if options.save == "x" and projection:

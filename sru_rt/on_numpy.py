@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import LibraryError
-from .memory import Workspace, empty
+from .memory import Workspace, address, empty
 
 NDArray = np.ndarray[Any, Any]
 
@@ -53,7 +53,7 @@ class NumPy:
         return np.asarray(value)
 
     def pointer(self, array: NDArray | None) -> int:
-        return 0 if array is None else int(array.__array_interface__["data"][0])
+        return 0 if array is None else address(array)
 
     def to_host(self, array: NDArray) -> NDArray:
         return array

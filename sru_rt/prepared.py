@@ -13,7 +13,7 @@ from . import abi, compile_cpu, launch
 from .variant import Variant
 
 _PLACE = 1 << 48  # beyond any size, stride or offset
-_ALIGNED = 256  # an address such as allocators of frameworks give
+_ALIGNED = 256  # an address such as allocators of frameworks give, for kernels a multiple of 16
 
 
 def place(number: int) -> int:
@@ -55,10 +55,13 @@ class Prepared:
         self._variant, self._arguments, self._device = variant, arguments, device
         values = abi.values(arguments)
         self._parts = [divmod(v, _PLACE) if isinstance(v, int) else (0, v) for v in values]
+        self._places = [(field, number - 1, rest) for field, (number, rest) in enumerate(self._parts) if number]
+        self._pack_all = abi.layout(variant.cell, isinstance(arguments, abi.Forward)).pack
         entry = launch.entry(variant, arguments, threads) if device == "cpu" else None
         self._filled_in = entry and compile_cpu.prepared(*entry, [self._field(*part) for part in self._parts])
-        n_constants = len(arguments.given.constants)
-        self._pack = struct.Struct(f"={n_constants}d{n - n_constants}q").pack
+        self._n_constants = len(arguments.given.constants)
+        self._pack = struct.Struct(f"={self._n_constants}d{n - self._n_constants}q").pack
+        self._loaded: Callable[[bytes, int], None] | None = None
 
     def entry(self) -> launch.Entry | None:
         """The CPU's kernel, for callers in other languages; None where NumPy is to do the work."""
@@ -75,17 +78,28 @@ class Prepared:
             (rest,) = struct.unpack("=q", struct.pack("=d", rest))
         return Field(number - 1 if number else None, rest)
 
-    def load(self) -> None:
+    def load(self) -> Callable[[bytes, int], None]:
         """Has the kernels of a GPU compiled and loaded, so that `run` does neither. The device must be current."""
-        aligned = [_ALIGNED] * max(number for number, _ in self._parts)
-        launch.load(self._variant, _filled(self._arguments, aligned), self._device)
+        if self._loaded is None:
+            aligned = [_ALIGNED] * max(number for number, _ in self._parts)
+            self._loaded = launch.loaded(self._variant, _filled(self._arguments, aligned), self._device)
+        return self._loaded
 
     def run(self, addresses: Sequence[float], stream: int = 0) -> None:
         """Runs the pass in order on `stream`."""
         if self._filled_in:
             self._filled_in(self._pack(*addresses))
-        else:
+        elif self._device == "cpu" or any(int(a) & 15 for a in addresses[self._n_constants :]):
             launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
+        else:
+            self.load()(self._packed(addresses), stream)
+
+    def _packed(self, addresses: Sequence[float]) -> bytes:
+        """The arguments of a kernel of a GPU."""
+        values = [rest for _, rest in self._parts]
+        for field, number, rest in self._places:
+            values[field] = addresses[number] + rest if rest else addresses[number]
+        return self._pack_all(*values)
 
 
 def _filled(value: Any, addresses: Sequence[float]) -> Any:

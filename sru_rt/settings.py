@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import ArgumentError
 
@@ -94,6 +96,33 @@ def plan() -> dict[str, int]:
 def path() -> str:
     """PATH: where the compiler is looked for."""
     return os.environ.get("PATH", "")
+
+
+_OF_CALLS = (
+    "SRU_RT_CPU",
+    "SRU_RT_CXX",
+    "CXX",
+    "SRU_RT_CXXFLAGS",
+    "SRU_RT_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "SRU_RT_PLAN",
+)
+
+
+def _reader() -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+    """What reads the environment, and the names to read: without what `os.environ` does for a name that is not set."""
+    data = getattr(os.environ, "_data", None)
+    if isinstance(data, dict):
+        return data.get, tuple(map(os.environ.encodekey, _OF_CALLS))
+    return os.environ.get, _OF_CALLS
+
+
+_get, _names = _reader()
+
+
+def of_calls() -> tuple[Any, ...]:
+    """The values of all variables that the plan of a call depends on."""
+    return tuple([_get(name) for name in _names])
 
 
 def environment_of_compiler() -> dict[str, str]:

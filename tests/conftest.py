@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from sru_rt import memory, on_numpy
+from sru_rt import memory, on_numpy, repeat
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -34,6 +34,12 @@ def poisoned(shape, dtype, _empty=memory.empty):
 def poisoned_outputs(monkeypatch):
     assert np.isnan(poisoned((3, 5), np.dtype(np.float32))).all()
     monkeypatch.setattr(on_numpy, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def new_calls(monkeypatch):
+    """The first call of a test is none like one before; what is remembered of others may belong to another place."""
+    monkeypatch.setattr(repeat, "_repeats", {})
 
 
 @pytest.fixture(params=["compiled", "numpy"])
