@@ -19,3 +19,5 @@ from .graph import sqrt as sqrt
 from .graph import tanh as tanh
 from .graph import where as where
 from .own import cell as cell
+from .replay import PreparedCall as PreparedCall
+from .replay import prepare as prepare

@@ -17,10 +17,14 @@ from .options import Options
 
 @dataclass(frozen=True)
 class Input:
-    """What a projection is given, checked: x (L, B, d_in), the factors of the weight, and tokens that a step sees."""
+    """What a projection is given, checked: x (L, B, d_in), the factors of the weight, and tokens that a step sees.
+
+    `source` is x itself, or what x is a copy of.
+    """
 
     x: NDArray
     factors: tuple[NDArray, ...]
+    source: NDArray
     window: int = 1
 
 
@@ -30,7 +34,7 @@ def projected(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple[str, 
     x = check.plain("x", x)
     dtype = check.io_dtype("x", x)
     check.shape("x", x, "L B d_in")
-    return dtype, Input(x, _weight(check, weight, dtype, window), window)
+    return dtype, Input(x, _weight(check, weight, dtype, window), x, window)
 
 
 def projected_token(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple[str, Input, NDArray]:
@@ -46,8 +50,11 @@ def projected_token(check: Check, x: Any, weight: Any, window: Any = 1) -> tuple
         check.set("window", window, "window")
         check.shape("x", x, "window B d_in")
     factors = _weight(check, weight, dtype, window)
-    seen = x if window == 1 else check.library.xp.moveaxis(x, 1, 0).reshape(1, check["B"], window * check["d_in"])
-    return dtype, Input(seen, factors), x[-1:]
+    if window == 1:
+        return dtype, Input(x, factors, x), x
+    side_by_side = check.library.xp.moveaxis(x, 1, 0)
+    seen = side_by_side.reshape(1, check["B"], window * check["d_in"])
+    return dtype, Input(seen, factors, side_by_side), x[-1:]
 
 
 def given_u(check: Check, u: Any) -> str:

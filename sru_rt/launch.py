@@ -33,9 +33,9 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "
             raise LibraryError(f"sru_rt: there are no kernels for device {device!r}, only for cpu and cuda")
         launch_gpu.run(variant, arguments, int(number or 0), stream)
         return
-    kernel = bound(variant, arguments)
-    if kernel is not None:
-        kernel(abi.pack(variant.cell, arguments))
+    found = entry(variant, arguments)
+    if found is not None:
+        found.function(abi.pack(variant.cell, arguments), found.pool, found.tasks)
         return
     sweep = numpy_sweep.forward if isinstance(arguments, abi.Forward) else numpy_sweep.backward
     sweep(variant.cell, variant.dtype, variant.saved_dtype, variant.wide, arguments)  # type: ignore[arg-type]
@@ -71,15 +71,20 @@ def entry(variant: Variant, arguments: abi.Forward | abi.Backward, threads: Thre
     return Entry(kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward, pool, tasks)
 
 
-def bound(
-    variant: Variant, arguments: abi.Forward | abi.Backward, threads: Threads | None = None
-) -> Callable[[bytes], None] | None:
-    """The same as a function of the packed arguments."""
-    found = entry(variant, arguments, threads)
+def bound(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu") -> Callable[[int], None]:
+    """`run` for these arguments, again and again, as a function of the stream; a GPU must be the current device.
+
+    All that can be done before is done now. Errors are those of `run`.
+    """
+    if device != "cpu":
+        launched, packed = loaded(variant, arguments, device), abi.pack(variant.cell, arguments)
+        return lambda stream: launched(packed, stream)
+    found = entry(variant, arguments)
     if found is None:
-        return None
+        return lambda stream: run(variant, arguments)
     function, pool, tasks = found
-    return lambda packed: function(packed, pool, tasks)
+    packed = abi.pack(variant.cell, arguments)
+    return lambda stream: function(packed, pool, tasks)
 
 
 def has_kernel(variant: Variant) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import recurrence, repeat
+from . import recurrence, repeat, replay
 from .cell import Array, Cell
 from .check import Check
 from .dtypes import state_dtype, to_numpy
@@ -87,7 +87,8 @@ def forward(
     if projected:
         x, *own = (library.contiguous(a, to_numpy(dtype)) for a in (projected.x, *factors))
         projection = Projection(library, x, tuple(own), projected.window, lengths, mask, reset)
-        arrays["u"] = projection.u(library.workspace if options.in_workspace else library.empty)
+        shared = options.in_workspace and not replay.is_recording()  # with other calls
+        arrays["u"] = projection.u(library.workspace if shared else library.empty)
     declared = {a.name: a for a in cell.arrays}
     operands = Operands(
         cell=cell,
@@ -102,15 +103,41 @@ def forward(
         time_parallel=options.time_parallel,
     )
     h = None if h is None else h.reshape(L, B, D, d)
-    h, last, states = recurrence.forward(operands, every, kept_dtype, h, c_last)
-    result = (h.reshape(L, B, D * d), _one_or_all(last))
+    made = recurrence.prepared_forward(operands, every, kept_dtype, h, c_last)
+    made.run(library)
+    result = (made.h.reshape(L, B, D * d), _one_or_all(made.last))
     repeat.remember(operands, check.names, options, projected, every)
+    replay.record(lambda: _replayed(check, values, options, operands, projection, projected, made))
     if not every:
         return result
     if options.save == "x" and projection:
         operands = replace(operands, arrays={k: v for k, v in operands.arrays.items() if k != "u"})
     given = _given(cell, values)
-    return *result, Saved(check.function, given, operands, (L, B, D, d), states, every, projection)
+    return *result, Saved(check.function, given, operands, (L, B, D, d), made.saved, every, projection)
+
+
+def _replayed(
+    check: Check,
+    values: Mapping[str, Any],
+    options: Options,
+    operands: Operands,
+    projection: Projection | None,
+    projected: Input | None,
+    made: recurrence.Prepared,
+) -> replay.Forward:
+    """What is left to do for the same arrays."""
+    library, cell = operands.library, operands.cell
+    states = [given for _, given in each_state(check, cell.initial, values.get(cell.initial), len(cell.state))]
+    pairs = [(array, values.get(name)) for name, array in operands.arrays.items()]
+    pairs += [*zip(operands.c0, states), (operands.mask, options.mask), (operands.reset, options.reset)]
+    u = None
+    if projection and projected:
+        pairs += zip((projection.x, *projection.factors), (projected.source, *projected.factors))
+        (name,) = (a.name for a in cell.arrays if a.kind == "gates")
+        u = operands.arrays[name]
+        u = u.reshape(u.shape[0] * u.shape[1], -1)
+    copies = replay.conversions(library, pairs)
+    return replay.Forward(library, copies, projection, u, made.variant, made.arguments, (operands, made))
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -122,14 +122,37 @@ def _carry(operands: Operands, chunk: int) -> NDArray | None:
     return operands.library.empty((chunks.count(L, chunk), n * (n + 1), B, D, d), operands.accumulator)
 
 
+class Prepared(NamedTuple):
+    """A forward that is ready to run, and its memory: h (L, B, D, d), last states (D, B, d), kept states, scratch."""
+
+    variant: Variant
+    arguments: abi.Forward
+    h: NDArray
+    last: list[NDArray]
+    saved: list[NDArray]
+    carry: NDArray | None
+
+    def run(self, library: Library) -> None:
+        launch.run(self.variant, self.arguments, library.device, library.stream())
+
+
 def forward(
+    operands: Operands, every: int = 0, saved_dtype: str | None = None
+) -> tuple[NDArray, list[NDArray], list[NDArray]]:
+    """Runs a recurrence; returns h (L, B, D, d), the last states (D, B, d), and the states kept for the backward."""
+    made = prepared_forward(operands, every, saved_dtype)
+    made.run(operands.library)
+    return made.h, made.last, made.saved
+
+
+def prepared_forward(
     operands: Operands,
     every: int = 0,
     saved_dtype: str | None = None,
     h: NDArray | None = None,
     c_last: Sequence[NDArray | None] | None = None,
-) -> tuple[NDArray, list[NDArray], list[NDArray]]:
-    """Runs a recurrence; returns h (L, B, D, d), the last states (D, B, d), and the states kept for the backward.
+) -> Prepared:
+    """A recurrence that is ready to run.
 
     With `every` = K the states before steps 0, K, 2K, ... are kept, in `saved_dtype`. `h` and `c_last` are written
     to where they are given.
@@ -151,8 +174,7 @@ def forward(
         c_last=[pointer(a) for a in last],
         saved=[pointer(a) for a in saved] or [0] * n_states,
     )
-    launch.run(operands.variant(saved_dtype), arguments, library.device, library.stream())
-    return h, last, saved
+    return Prepared(operands.variant(saved_dtype), arguments, h, last, saved, carry)
 
 
 def backward(

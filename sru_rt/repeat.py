@@ -182,11 +182,12 @@ def remember(
 
 
 def _place(name: str, array: NDArray | None, library: Library) -> _Place | None:
-    """Where what became a kernel's array was given."""
+    """Where what became a kernel's array was given; None if it is a copy of another order."""
     if array is None:
         return None
     for i, (given_name, given) in enumerate((_asked.arguments or {}).items()):
         if given_name == name and libraries.of(given) is library and given.size == array.size:
-            taken = library.pointer(given) == library.pointer(array) and given.dtype == array.dtype
-            return _Place(i, None if taken else to_numpy(name_of(array.dtype)))
+            if given.dtype != array.dtype:
+                return _Place(i, to_numpy(name_of(array.dtype)))
+            return _Place(i, None) if library.pointer(given) == library.pointer(array) else None
     return None

@@ -82,6 +82,15 @@ def test_a_token_like_one_before(cell, dtype):
     assert (state == 1).all()
 
 
+def test_tokens_with_a_window_are_rearranged_at_each_call():
+    params = sru_rt.qrnn_init(6, 6, window=3, rng=0)
+    rng = np.random.default_rng(0)
+    for x in rng.normal(size=(3, 3, 4, 6)).astype(np.float32):
+        found = sru_rt.qrnn_step(x, **params)
+        repeat._repeats.clear()
+        same_bits(found, sru_rt.qrnn_step(x, **params))
+
+
 def test_a_cell_of_two_states():
     rng = np.random.default_rng(0)
     u, params = rng.normal(size=(5, 2, 1, 2, 3)), rng.normal(size=(1, 1, 3))
@@ -148,6 +157,18 @@ def test_arguments_may_come_by_name_in_any_order():
         same_bits(wanted, sru_rt.mingru_recurrence(h0=h0, u=u, bias=bias))
         same_bits(wanted, sru_rt.mingru_recurrence(bias=bias, h0=h0, u=u))
         same_bits(wanted, sru_rt.mingru_recurrence(u, h0=h0, bias=bias))
+
+
+def test_names_count_where_layouts_are_the_same():
+    rng = np.random.default_rng(0)
+    u, one, other = rng.normal(size=(5, 3, 1, 3, 7)), rng.normal(size=(1, 2, 7)), rng.normal(size=(1, 2, 7))
+    x = rng.normal(size=(5, 3, 7))
+    wanted = sru_rt.sru_recurrence(u, x, bias=one, v=other), sru_rt.sru_recurrence(u, x, v=one, bias=other)
+    assert remembered() == 2 and wanted[0][0].tobytes() != wanted[1][0].tobytes()
+    for _ in range(2):
+        same_bits(wanted[0], sru_rt.sru_recurrence(u, x, one, other))
+        same_bits(wanted[1], sru_rt.sru_recurrence(u, x, v=one, bias=other))
+        same_bits(wanted[0], sru_rt.sru_recurrence(u, x, v=other, bias=one))
 
 
 def test_one_array_in_two_places_and_two_in_one_memory():
