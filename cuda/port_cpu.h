@@ -240,10 +240,13 @@ template <class Real>
 SRU_FN Real at_least(Real x, Real bound) {
   return where(x < bound, bound, x);
 }
-#if defined(__AVX512F__) && !defined(__clang__)
 // The instruction gives its second operand when either is NaN.
+#if defined(__AVX512F__) && !defined(__clang__)
 SRU_FN Vec<float, 16> at_most(Vec<float, 16> x, Vec<float, 16> bound) { return _mm512_min_ps(bound.v, x.v); }
 SRU_FN Vec<float, 16> at_least(Vec<float, 16> x, Vec<float, 16> bound) { return _mm512_max_ps(bound.v, x.v); }
+#elif defined(__AVX__) && !defined(__clang__)
+SRU_FN Vec<float, 8> at_most(Vec<float, 8> x, Vec<float, 8> bound) { return _mm256_min_ps(bound.v, x.v); }
+SRU_FN Vec<float, 8> at_least(Vec<float, 8> x, Vec<float, 8> bound) { return _mm256_max_ps(bound.v, x.v); }
 #endif
 
 template <class Real>
@@ -320,33 +323,39 @@ SRU_FN Real exp(Real x) {
   return where(x > Real(F::exp_infinity), Real(__builtin_inf()), where(x < Real(F::exp_zero), Real(0), e));
 }
 
+// e^x + `plus`, for the sigmoid and its like; clamped like exp_clamped().
 template <int W>
-SRU_FN Vec<double, W> sigmoid(Vec<double, W> x) {
-  return Vec<double, W>(1) / (Vec<double, W>(1) + exp_clamped(-x));
+SRU_FN Vec<double, W> exp_plus(Vec<double, W> x, Vec<double, W> plus) {
+  return exp_clamped(x) + plus;
 }
 
-// In float32 the sigmoid bounds the speed of a gated cell, so it takes the shortest way, 1 / (1 + 2^t) with
-// t = -x*log2(e), whose rounding costs less than that of x itself. 2^t is 2^floor(t) or 2^round(t) times a minimax
-// polynomial in the rest (relative error 7.5e-8). AVX-512 has instructions that take any t; elsewhere it is clamped.
+// In float32 these bound the speed of a gated cell, so e^x takes the shortest way, 2^t with t = x*log2(e), whose
+// rounding costs less than that of x itself. 2^t is 2^floor(t) or 2^round(t) times a minimax polynomial in the rest
+// (relative error 7.5e-8). AVX-512 has instructions that take any t; elsewhere it is clamped.
 template <int W>
-SRU_FN Vec<float, W> sigmoid(Vec<float, W> x) {
+SRU_FN Vec<float, W> exp_plus(Vec<float, W> x, Vec<float, W> plus) {
   typedef Vec<float, W> real;
   const double c[] = {0.001327647197931638, 0.009675541334206542, 0.05550713273542824,
                       0.24022119723848698,  0.6931469670647334,   1.0000000716546822};
-  const real t = at_least(at_most(x * real(-1.44269504088896340736), real(126)), real(-126));
+  const real t = at_least(at_most(x * real(1.44269504088896340736), real(126)), real(-126));
   const real shifted = t + real(0x1.8p23 + 127), rest = t - (shifted - real(0x1.8p23 + 127));
-  return real(1) / fma(polynomial(rest, c, 6), from_bits<real>(as_bits(shifted) << 23), real(1));
+  return fma(polynomial(rest, c, 6), from_bits<real>(as_bits(shifted) << 23), plus);
 }
 #if defined(__AVX512DQ__) && !defined(__clang__)
-SRU_FN Vec<float, 16> sigmoid(Vec<float, 16> x) {
+SRU_FN Vec<float, 16> exp_plus(Vec<float, 16> x, Vec<float, 16> plus) {
   typedef Vec<float, 16> real;
   const double c[] = {0.0018775766733615596, 0.008989340094732463, 0.05582631805001738,
                       0.24015361704534385,   0.6931530732000745,   0.9999999250635297};
-  const real t = x * real(-1.44269504088896340736);
+  const real t = x * real(1.44269504088896340736);
   const real rest = _mm512_reduce_ps(t.v, 9);  // t - floor(t), and 0 for infinities
-  return real(1) / (real(1) + real(_mm512_scalef_ps(polynomial(rest, c, 6).v, t.v)));
+  return real(_mm512_scalef_ps(polynomial(rest, c, 6).v, t.v)) + plus;
 }
 #endif
+
+template <class Real>
+SRU_FN Real sigmoid(Real x) {
+  return Real(1) / exp_plus(-x, Real(1));
+}
 
 // tanh(x) for |x| < 0.625, given z = x*x
 template <int W>
@@ -363,7 +372,7 @@ SRU_FN Vec<double, W> tanh_small(Vec<double, W> x, Vec<double, W> z) {
 template <class Real>
 SRU_FN Real tanh(Real x) {
   const Real a = absolute(x);
-  const Real large = Real(1) - Real(2) / (exp_clamped(a + a) + Real(1));
+  const Real large = Real(1) - Real(2) / exp_plus(a + a, Real(1));
   return where(a < Real(0.625), tanh_small(x, x * x), where(x < Real(0), -large, large));
 }
 
@@ -408,10 +417,13 @@ SRU_FN Real log(Real x) {
   return where(x >= Real(0), r, Real(__builtin_nan("")));
 }
 
-// log(1 + exp(x)), without overflow and exact in both tails.
+// log(1 + exp(x)), without overflow and exact in both tails, of which the left one ends in 0 where results are no
+// normal numbers.
 template <class Real>
 SRU_FN Real softplus(Real x) {
-  const Real t = exp(-absolute(x));
+  typedef typename Real::bits bits;
+  const Real a = from_bits<Real>(as_bits(x) | ((bits{} + 1) << (8 * sizeof(typename Real::scalar) - 1)));  // -|x|
+  const Real t = where(a < Real(Format<typename Real::scalar>::exp_low), Real(0), exp_plus(a, Real(0)));
   if constexpr (sizeof(typename Real::scalar) == 4) return maximum(x, Real(0)) + log1p_series(t / (Real(2) + t));
   // log1p(t): the rounding error of 1 + t is divided out (Kahan).
   const Real u = Real(1) + t, l = where(u == Real(1), t, log(u) * (t / (u - Real(1))));
