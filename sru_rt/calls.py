@@ -6,20 +6,20 @@ functions lie as `recurrence` makes them: C-contiguous, at addresses that are mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import abi, chunks
+from . import abi, choose, chunks
 from .cell import Array, Cell
 from .dtypes import state_dtype
-from .plan import Device, Plan, plan
+from .machine import Device
+from .plan import Plan, plan
 from .traffic import ITEMSIZE
 from .variant import Variant
 
 _ADDRESS = 512  # any, aligned as memory of CuPy is
 MANY = 1 << 20  # steps; kernels depend on their number only where it is 1, less than `every` is to be, or too small for
 # chunks of time
-_LARGEST = 1 << 30  # channels of all sequences and directions; the plan changes no more long before
 _CHUNK = 64  # steps of a chunk, any number
 
 
@@ -63,25 +63,10 @@ class Call:
         return list(dict.fromkeys(self.plan(which, B, device, cut) for cut in self._cuts(B, device)))
 
     def general_plans(self, which: str, device: Device) -> list[Plan]:
-        """The plans, for any batch size each, of which one fits every call."""
-        largest = max(1, _LARGEST // (self.D * self.d))
-        cuts = dict.fromkeys(cut for B in self._edges(device, largest) for cut in self._cuts(B, device))
-        return list(dict.fromkeys(p for cut in cuts for p in self._between(which, device, 1, largest, cut)))
-
-    def _between(
-        self, which: str, device: Device, low: int, high: int, cut: tuple[bool, bool] = (False, False)
-    ) -> Iterator[Plan]:
-        """The plans of all batch sizes from `low` to `high`.
-
-        Threads grow by turns with the batch, and depths shrink, while the width is the same; it grows once. So where
-        both ends have the same plan, all between them have it too.
-        """
-        first, last = (replace(self.plan(which, B, device, cut), B=0) for B in (low, high))
-        yield first
-        if first != last:
-            middle = (low + high) // 2
-            yield from self._between(which, device, low, middle, cut)
-            yield from self._between(which, device, middle + 1, high, cut)
+        """The plans, for any batch size each, of which one fits every call: the load is all that they depend on."""
+        sizes = [*choose.batches(self.D * self.d, device)]
+        cuts = dict.fromkeys(cut for B in sizes for cut in self._cuts(B, device))
+        return list(dict.fromkeys(replace(self.plan(which, B, device, cut), B=0) for cut in cuts for B in sizes))
 
     def _cut(self, B: int, device: Device) -> tuple[bool, bool]:
         sizes = self.L, B, self.D, self.d
@@ -92,16 +77,6 @@ class Call:
 
     def _cuts(self, B: int, device: Device) -> list[tuple[bool, bool]]:
         return [self._cut(B, device), *([(False, False)] if self.L == MANY else [])]
-
-    def _edges(self, device: Device, largest: int) -> Iterator[int]:
-        """Batch sizes that between them meet every way to cut: in each pass small batches are cut, larger ones not."""
-        yield 1
-        for which in (0, 1):
-            low, high = 0, largest
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if self._cut(middle, device)[which] else (low, middle - 1)
-            yield from (max(1, low), min(low + 1, largest))
 
     def _forward(self, B: int, cut: tuple[bool, bool] = (False, False)) -> abi.Forward:
         states = [_ADDRESS] * len(self.cell.state)

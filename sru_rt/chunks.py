@@ -1,24 +1,26 @@
 """Decides whether a recurrence on a GPU runs in parallel over time, and in chunks of how many steps.
 
 The steps of a chunk follow each other, and chunks run at once: see cuda/gpu_scan.h. Results are rounded otherwise than
-those of the sequential kernels, by how time is cut, so nothing here depends on what is kept for a backward.
+those of the sequential kernels, by how time is cut, so nothing here depends on what is kept for a backward. What is
+faster the model of `predict` says, by the load alone (see `choose`), so that `calls` can list what may be compiled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
-from . import plan
+from . import costs, plan, predict
 from .cell import Cell
-from .plan import Device
-from .traffic import moved, reduced
+from .choose import Choice, Task, choose, load
+from .dtypes import state_dtype
+from .machine import Device, Machine, of
+from .traffic import ITEMSIZE, reduced
 from .variant import Variant
 
 _SHORTEST, _LONGEST = 64, 1024
-# Channels of a multiprocessor, chunks counted as channels of their own, from which on more would bring nothing.
-_CHANNELS = 1024
-_SHORTEST_SEQUENCE = 256  # in which three kernels in place of one may pay
 _MOST_CHUNKS = 65535  # of a grid, along z
+_MANY = 1 << 20  # steps; what does not pay for so many is not done for fewer
 
 
 def possible(cell: Cell, forward: bool) -> bool:
@@ -51,30 +53,79 @@ def length(
     L, B, D, d = sizes
     if time_parallel is False or L < 2 or not B * D * d:
         return 0
-    chunk = _length(L, B * D * d, plan.overrides().get("chunk", 0), device)
-    if chunk >= L or not possible(variant.cell, forward):
+    chosen = plan.overrides().get("chunk", 0)
+    if not possible(variant.cell, forward):
         return 0
-    return chunk if time_parallel is True or _pays(variant, L, B * D * d, forward, device) else 0
+    task = _task(variant, forward, d)
+    at = load(B * D * d, device)
+    chunk = _fitting(L, chosen) if chosen else _best(task, L, D * d, at, device)
+    if chunk >= L:
+        return 0
+    return chunk if time_parallel is True or _pays(task, L, chunk, D * d, at, device) else 0
 
 
-def _length(L: int, channels: int, chosen: int, device: Device) -> int:
-    """The shortest that is a power of two and cuts no more chunks than fill the device, within limits."""
-    chunk = chosen or _SHORTEST
-    while not chosen and chunk < _LONGEST and chunk * _CHANNELS * device.multiprocessors < L * channels:
-        chunk *= 2
+def _fitting(L: int, chunk: int) -> int:
+    """So long that a grid holds the chunks."""
     while count(L, chunk) > _MOST_CHUNKS:
         chunk *= 2
     return chunk
 
 
-@lru_cache(maxsize=1024)
-def _pays(variant: Variant, L: int, channels: int, forward: bool, device: Device) -> bool:
-    """Whether it is faster. Computed, not measured.
+def _task(variant: Variant, forward: bool, d: int) -> Task:
+    """What is compared: nothing is kept in a forward, every state in a backward, in its own dtype."""
+    usual = Variant(variant.cell, variant.dtype, state_dtype(variant.dtype), variant.wide)
+    return Task(usual, forward, 0 if forward else 1, pairs=ITEMSIZE[variant.dtype] == 2 and d % 2 == 0)
 
-    A sequential kernel takes 1 / share times as long as the memory needs, where it asks for no more than that share
-    of what must be in flight to keep it busy; summaries and chunks together read some of the arrays twice.
-    """
-    reads, writes = moved(variant, forward)
-    again = sum(reduced(variant, forward, keep=2)) / (sum(reads) + sum(writes))
-    share = plan.best_share(variant, forward, channels / device.multiprocessors)
-    return L >= _SHORTEST_SEQUENCE and share * (1 + again) < 1
+
+@lru_cache(maxsize=1024)
+def _best(task: Task, L: int, row: int, at: float, device: Device) -> int:
+    """The power of two that the model finds fastest, within limits; `row` is D*d."""
+    shortest = _fitting(L, _SHORTEST)
+    lengths = [n for k in range(31) if shortest <= (n := _SHORTEST << k) <= max(shortest, _LONGEST)]
+    return min(lengths, key=lambda chunk: predict.together(in_chunks(task, L, chunk, row, at, device))[1])
+
+
+@lru_cache(maxsize=1024)
+def _pays(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -> bool:
+    """Whether the model finds it faster than a thread that takes all steps, in long sequences too."""
+    alone, cut = (
+        predict.together(times)[1]
+        for times in (sequential(task, L, row, at, device), in_chunks(task, L, chunk, row, at, device))
+    )
+    longer = _fitting(_MANY, chunk) if L >= _MANY else _best(task, _MANY, row, at, device)
+    return cut < alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device))
+
+
+def sequential(task: Task, L: int, row: int, at: float, device: Device) -> Iterator[predict.Time]:
+    """The kernels of a pass in which a thread takes all steps."""
+    machine, choice = of(device), _chosen(task, at, device)
+    yield predict.sweep(machine, choice.kernel(task), at * machine.multiprocessors, L)
+    yield from _sums(task, machine, 1, row, at)
+
+
+def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -> Iterator[predict.Time]:
+    """The kernels of a pass in parallel over time, in their order."""
+    machine, task = of(device), task._replace(parallel=True)
+    choice, n, channels = _chosen(task, at, device), count(L, chunk), at * machine.multiprocessors
+    width, threads = choice.width, choice.threads
+    first = costs.summaries(task.variant, task.forward, width=width, depth=choice.reduce_depth, threads=threads)
+    yield predict.sweep(machine, first, channels * (n - 1), chunk)
+    yield predict.sweep(machine, costs.fold(task.variant, width, threads), channels, n - 1)
+    # What summaries have read comes from the cache if all of it has room there.
+    again = sum(reduced(task.variant, task.forward, keep=1))
+    sweep = choice.kernel(task)
+    sweep = sweep._replace(reads=sweep.reads - again, again=again, every=L)
+    yield predict.sweep(machine, sweep, channels * n, chunk)
+    yield from _sums(task, machine, n, row, at)
+
+
+def _chosen(task: Task, at: float, device: Device) -> Choice:
+    return choose(task, at, device.arch, device.multiprocessors)
+
+
+def _sums(task: Task, machine: Machine, n: int, row: int, at: float) -> Iterator[predict.Time]:
+    """The kernel that adds up the gradients of parameters, of `n` chunks."""
+    params = len(task.variant.cell.params)
+    if not task.forward and params:
+        rows = n * max(1, at * machine.multiprocessors / row)
+        yield predict.sweep(machine, costs.sums(task.variant), 8 * params * row, rows / 8)

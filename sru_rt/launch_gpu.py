@@ -12,7 +12,8 @@ import numpy as np
 
 from . import abi, chunks, compile_gpu, plan, settings
 from .errors import LibraryError
-from .plan import Device, Plan
+from .machine import Device
+from .plan import Plan
 from .variant import Variant
 
 _Function = Callable[..., None]
@@ -139,11 +140,18 @@ def _cached_if_any(variant: Variant, made: Plan, arch: int) -> Plan:
 
 @functools.cache
 def device_facts(device: int) -> Device:
-    """What the planner asks of GPU number `device`."""
+    """What the planner and its model ask of GPU number `device`."""
     import cupy
 
     found = cupy.cuda.Device(device)
-    return Device(int(found.compute_capability), int(found.attributes["MultiProcessorCount"]))
+    of = found.attributes  # clocks in kHz, the width of the bus in bits; releases of CUDA may leave some out
+    return Device(
+        int(found.compute_capability),
+        int(of["MultiProcessorCount"]),
+        bandwidth=2 * 1e3 * of.get("MemoryClockRate", 0) * of.get("GlobalMemoryBusWidth", 0) / 8,
+        clock=1e3 * of.get("ClockRate", 0),
+        l2_bytes=int(of.get("L2CacheSize", 0)),
+    )
 
 
 @functools.cache

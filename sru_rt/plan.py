@@ -11,40 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import abi, settings
+from .choose import SHARED_BYTES, THREADS, Task, choose, load, shared_channels, state_bytes
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
-from .traffic import ITEMSIZE, moved, read, reduced, reduction_reads_state, replayed
+from .machine import Device
+from .traffic import ITEMSIZE, reduction_reads_state
 from .variant import Variant
 
-# What a multiprocessor must have asked for at any time to keep its share of the memory busy: bandwidth times latency,
-# 4.3 TB/s times 1 us over 132 multiprocessors of an H200. Computed, not measured.
-_BYTES_IN_FLIGHT = 32 << 10
-# Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
-# that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
-_RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
-_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48}
-_DEPTHS = (1, 2, 4, 8, 12, 16, 32)
-_THREADS = (32, 64, 128, 256)
-_BLOCKS_PER_MULTIPROCESSOR = 16
-# From this many warps of two channels a thread on; below it, twice the warps of one channel hide more latency.
-_WARPS_FOR_PAIRS = 4
-_SHARED_BYTES = 48 << 10  # of one block, on every architecture
-# What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
-# 1024 channels a multiprocessor where they may be short enough, and a quarter of that is what it takes to be worth it.
-_CHANNELS_IN_CHUNKS = 256
-_THREADS_IN_CHUNKS = 64
 MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
-
-# Multiprocessors of the usual card of an architecture, for kernels that are compiled where there is none.
-USUAL_MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner asks of a GPU: its architecture, such as 90, and its number of multiprocessors."""
-
-    arch: int
-    multiprocessors: int
+_USUALLY_KEPT = 2  # of a forward that keeps every K-th state, whatever K is: its kernel is the same
 
 
 @dataclass(frozen=True)
@@ -101,40 +76,31 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     given = arguments.given
     _check_layout(variant, arguments)
     key = _static(variant, arguments)
-    most = _shared_channels(variant, given.every) if key.scratch_in_shared else _THREADS[-1] * 2
-    # Three sweeps of pairs in both directions would have no room in the registers.
-    widest = 1 if key.parallel and _sweep(key) == "from pieces" else most // _THREADS[0]
-    width = min(_width(variant, arguments, device), widest)
-    threads = _THREADS_IN_CHUNKS if key.parallel else _threads(given.B * given.D * given.d // width, device)
-    summarised = reduced(variant, key.forward, key.keep)
-    made = replace(
-        key,
-        width=width,
-        depth=_depth(_sweep(key), read(variant, key.forward, key.keep), key, given, width, device),
-        replay_depth=_depth("replay", replayed(variant), key, given, width, device),
-        reduce_depth=_depth("reduce", summarised, key, given, width, device),
-        threads=min(threads, most // width // 32 * 32),
-        B=given.B if _has_own_kernel(variant, key, device, given.B) else 0,
+    pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and _takes_pairs(variant, arguments)
+    task = Task(
+        variant,
+        key.forward,
+        min(given.every, _USUALLY_KEPT) if key.forward else given.every,
+        parallel=key.parallel,
+        flags=key.has_mask + key.has_reset,
+        pairs=pairs,
+        one_step=given.L == 1,
+        in_shared=key.scratch_in_shared,
     )
-    return _overridden(made, variant, arguments)
+    at = load(given.B * given.D * given.d, device)
+    choice = choose(task, at, device.arch, device.multiprocessors)
+    own = given.B if _has_own_kernel(variant, key, device, given.B) else 0
+    return _overridden(replace(key, **choice._asdict(), B=own), variant, arguments)
 
 
 def needs_scratch(variant: Variant, every: int) -> bool:
     """Whether a backward that recomputes `every` states needs memory for them; if not, they fit into the blocks'."""
-    return every > 1 and _shared_channels(variant, every) < _THREADS[0]
+    return every > 1 and shared_channels(variant, every) < THREADS[0]
 
 
 def shared_bytes(variant: Variant, plan: Plan, every: int) -> int:
     """Dynamic shared memory of a block: the states that it recomputes."""
-    return every * plan.threads * plan.width * _state_bytes(variant) if plan.scratch_in_shared else 0
-
-
-def _shared_channels(variant: Variant, every: int) -> int:
-    return _SHARED_BYTES // (every * _state_bytes(variant))
-
-
-def _state_bytes(variant: Variant) -> int:
-    return ITEMSIZE[state_dtype(variant.dtype)] * len(variant.cell.state)
+    return every * plan.threads * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
@@ -207,15 +173,6 @@ def _has_own_kernel(variant: Variant, key: Plan, device: Device, B: int) -> bool
     return B in seen
 
 
-def _width(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device) -> int:
-    given = arguments.given
-    if ITEMSIZE[variant.dtype] != 2 or given.d % 2:
-        return 1
-    warps = given.B * given.D * given.d // 2 // 32
-    enough = given.chunk > 0 or warps >= _WARPS_FOR_PAIRS * device.multiprocessors
-    return 2 if enough and _takes_pairs(variant, arguments) else 1
-
-
 def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> bool:
     """Whether all arrays over time lie such that two channels can be read at once."""
     given = arguments.given
@@ -233,51 +190,6 @@ def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> boo
         places += [(slot.pointer, state if variant.wide >> i & 1 else item) for i, slot in enumerate(slots)]
     strides = [given.d, *(slot.stride for slots in inputs for slot in slots)]
     return not any(pointer % (2 * size) for pointer, size in places) and not any(stride % 2 for stride in strides)
-
-
-def _threads(packs: int, device: Device) -> int:
-    """The smallest blocks that a multiprocessor can hold together, as small ones spread most evenly."""
-    limit = _BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors
-    return next((n for n in _THREADS if packs <= n * limit), _THREADS[-1])
-
-
-def _depth(sweep: str, streams: Sequence[int], key: Plan, given: abi.Given, width: int, device: Device) -> int:
-    """The least depth that keeps enough bytes in flight and fits into the registers.
-
-    `streams` are the sizes of the elements that a step reads.
-    """
-    unused = {"replay": _sweep(key) != "from pieces", "reduce": not key.parallel}
-    if given.L == 1 or unused.get(sweep):
-        return 1
-    if sweep == "reduce" and _sweep(key) == "from pieces" and key.reduce_reads_state:
-        sweep = "from pieces"
-    if key.parallel and sweep in ("from pieces", "replay"):
-        sweep += " in chunks"
-    flags = key.has_mask + key.has_reset
-    channels = _CHANNELS_IN_CHUNKS if key.parallel else given.B * given.D * given.d // device.multiprocessors
-    needed = -(-_BYTES_IN_FLIGHT // (max(1, channels // width) * max(1, sum(streams) * width + flags)))
-    fitting = _fitting(sweep, streams, width, flags)
-    return next((n for n in fitting if n >= needed), max(fitting, default=1))
-
-
-def _fitting(sweep: str, streams: Sequence[int], width: int, flags: int) -> list[int]:
-    """The depths of rings that fit into the registers."""
-    words = sum(max(1, size * width // 4) for size in streams) + flags
-    return [n for n in _DEPTHS if n * words <= _RING_REGISTERS[sweep]]
-
-
-def _sweep(key: Plan) -> str:
-    return "forward" if key.forward else "from pieces" if key.keep > 1 else "backward"
-
-
-def best_share(variant: Variant, forward: bool, channels: float) -> float:
-    """How much of what must be in flight a sequential kernel asks for with its deepest ring, 1 for enough.
-
-    `channels` are those of a multiprocessor. The backward is one that reads every state.
-    """
-    streams = moved(variant, forward)[0]
-    depth = max(_fitting("forward" if forward else "backward", streams, 1, 0), default=1)
-    return min(1.0, channels * depth * sum(streams) / _BYTES_IN_FLIGHT)
 
 
 def overrides() -> dict[str, int]:
@@ -313,9 +225,9 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every = arguments.given.every
-    if (needed := shared_bytes(variant, made, every)) > _SHARED_BYTES:
+    if (needed := shared_bytes(variant, made, every)) > SHARED_BYTES:
         raise ArgumentError(
             f"SRU_RT_PLAN asks for blocks of {made.threads} threads of {made.width} channels, which need {needed} "
-            f"bytes of shared memory for {every} states; there are {_SHARED_BYTES}: choose fewer threads"
+            f"bytes of shared memory for {every} states; there are {SHARED_BYTES}: choose fewer threads"
         )
     return made

@@ -21,7 +21,7 @@ from . import settings as in_force
 from .calls import Call
 from .cells.sru import Options, sru_cell
 from .errors import ArgumentError, CacheError, CompileError, SruRtError
-from .plan import USUAL_MULTIPROCESSORS, Device
+from .machine import USUAL_MULTIPROCESSORS, Device
 
 MAIN_PACKAGES = ("sru_rt", "numpy", "ml_dtypes", "torch", "jax")
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")

@@ -26,10 +26,15 @@ def _states(variant: Variant, keep: int) -> list[int]:
     return [ITEMSIZE[dtype]] * len(variant.cell.state)
 
 
-def moved(variant: Variant, forward: bool) -> tuple[list[int], list[int]]:
-    """Sizes of what one step reads, and of what it writes, states in their own dtype, in whatever they are kept."""
-    inputs = [*_inputs(variant).values()]
-    return read(variant, forward, keep=2), [ITEMSIZE[variant.dtype]] if forward else inputs
+def moved(variant: Variant, forward: bool, every: int) -> tuple[float, float]:
+    """Bytes that one step reads and writes, each array once.
+
+    States are kept before every `every`-th step, 0: not at all. What is recomputed is read once more.
+    """
+    given = sum(_inputs(variant).values())
+    kept = len(variant.cell.state) * ITEMSIZE[variant.saved_dtype] / every if every else 0
+    h = ITEMSIZE[variant.dtype]
+    return (given, h + kept) if forward else (given + h + kept, given)
 
 
 def replayed(variant: Variant) -> list[int]:

@@ -24,8 +24,9 @@ from .cells import named_cells
 from .check import Check
 from .dtypes import state_dtype
 from .errors import ArgumentError, SruRtError
+from .machine import USUAL_MULTIPROCESSORS, Device
 from .options import memory_policy
-from .plan import MAX_BATCHES, USUAL_MULTIPROCESSORS, Device, Plan
+from .plan import MAX_BATCHES, Plan
 from .variant import Variant
 
 _TIME_PARALLEL: dict[str, bool | str] = {"auto": "auto", "yes": True, "no": False}

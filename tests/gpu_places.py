@@ -18,7 +18,7 @@ import pytest
 
 from emu import emulator, fake_cupy
 from problems import CELLS, FULL, Cell, Problem, Row, compare
-from sru_rt import launch_gpu, on_cupy, plan
+from sru_rt import choose, launch_gpu, on_cupy, plan
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Way:
     def go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SRU_RT_PLAN", self.plan)
         monkeypatch.setattr(plan, "MAX_BATCHES", 8 if self.own_batch else 0)
-        monkeypatch.setattr(plan, "_SHARED_BYTES", 48 << 10 if self.shared else 0)
+        monkeypatch.setattr(choose, "SHARED_BYTES", 48 << 10 if self.shared else 0)
         forget_kernels()
 
 

@@ -18,12 +18,12 @@ import pytest
 import sru_rt
 from emu import emulator
 from sru_rt import __main__ as command_line
-from sru_rt import abi, cache, chunks, compile_gpu, launch, launch_gpu, plan, warm
+from sru_rt import abi, cache, choose, chunks, compile_gpu, launch, launch_gpu, plan, warm
 from sru_rt.calls import MANY, Call
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import to_numpy
 from sru_rt.errors import CompileError
-from sru_rt.plan import Device
+from sru_rt.machine import Device
 
 CELLS = {cell.name: cell for cell in named_cells()}
 DEVICE = Device(90, 132)
@@ -239,7 +239,7 @@ def test_short_sequences(monkeypatch, nvrtc, new_process):
     assert found[6] != found[40] == warmed(*base)
 
 
-@pytest.mark.parametrize("how, length", [("auto", 300), ("auto", 200), ("yes", 200), ("no", 300)])
+@pytest.mark.parametrize("how, length", [("auto", 3000), ("auto", 200), ("yes", 200), ("no", 3000)])
 @pytest.mark.parametrize("cell, save", [("sru_no_v", 3), ("sru", 3), ("sru", True)])
 def test_calls_in_parallel_over_time(cell, save, how, length, monkeypatch, nvrtc, new_process):
     how_called = {"auto": "auto", "yes": True, "no": False}[how]
@@ -250,8 +250,8 @@ def test_calls_in_parallel_over_time(cell, save, how, length, monkeypatch, nvrtc
     assert wanted == warmed(*base, "--batch", "2", "--length", str(length))
     parallel = {(p.forward, p.parallel) for _, p, _ in wanted}
     assert parallel == {
-        (True, (how, length) in (("auto", 300), ("yes", 200)) and cell == "sru_no_v"),
-        (False, (how, length) in (("auto", 300), ("yes", 200))),
+        (True, (how, length) in (("auto", 3000), ("yes", 200)) and cell == "sru_no_v"),
+        (False, (how, length) in (("auto", 3000), ("yes", 200))),
     }
     short = looked_for(monkeypatch, functools.partial(layer, cell, "float32", 5, 2, 16, save=save))
     assert wanted | short == warmed(*base, "--batch", "2") or length == 200
@@ -294,7 +294,7 @@ def test_kernels_for_any_batch_size(d, dtype, save, new_process):
         found = call.general_plans(which, device)
         assert len(found) == len(set(found)) < 20
         assert every_batch <= set(found)
-        if 2200 * d > 256 * 16 * device.multiprocessors * 2:
+        if 2200 * d > choose.LOADS[-1] * device.multiprocessors:
             assert every_batch == set(found)
 
 

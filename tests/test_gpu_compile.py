@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from sru_rt import chunks, compile_gpu, plan, source
+from sru_rt import choose, chunks, compile_gpu, machine, plan, source
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import CacheError, CompileError
@@ -93,7 +93,7 @@ POLICIES = {
     "backward, all, in chunks": (False, lambda K: 1),
     "backward, 1 of K, in chunks": (False, lambda K: K),
 }
-ARCHS = tuple(plan.USUAL_MULTIPROCESSORS)
+ARCHS = tuple(machine.USUAL_MULTIPROCESSORS)
 # Kernels that NVRTC takes several seconds for, where others take half of one.
 LONG = ("backward, all, in chunks", "backward, 1 of K, in chunks")
 
@@ -138,7 +138,7 @@ def planned(cell: str, dtype: str, policy: str, scene: str, arch: int) -> tuple[
         cut, saved = (64 if chunks.possible(variant.cell, forward) else 0 for forward in (forward, True))
         arguments = arguments._replace(given=arguments.given._replace(chunk=cut, carry=1 << 20))
         arguments = arguments if forward else arguments._replace(saved_chunk=saved)
-    made = plan.plan(variant, arguments, plan.Device(arch, plan.USUAL_MULTIPROCESSORS[arch]))
+    made = plan.plan(variant, arguments, machine.Device(arch, machine.USUAL_MULTIPROCESSORS[arch]))
     return variant, replace(made, B=0) if s.any_batch else made
 
 
@@ -187,7 +187,7 @@ def test_kernels_compile_and_nothing_spills(major, arch):
 def test_plans_of_the_matrix_differ():
     plans = [planned(*row)[1] for row in matrix(12)]
     assert {made.width for made in plans} == {1, 2}
-    assert {made.depth for made in plans} == set(plan._DEPTHS)
+    assert {made.depth for made in plans} == set(choose.DEPTHS)
     assert {made.B == 0 for made in plans} == {made.D == 2 for made in plans} == {False, True}
     assert {made.parallel for made in plans} == {made.saved_in_chunks for made in plans} == {False, True}
     assert {made.reduce_reads_state for made in plans if made.parallel and not made.forward} == {False, True}

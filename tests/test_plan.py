@@ -11,12 +11,13 @@ import hypothesis.strategies as st
 import pytest
 
 from nvrtc import arguments
-from sru_rt import chunks, launch_gpu, plan, source, traffic
+from sru_rt import choose, chunks, launch_gpu, plan, predict, source, traffic
 from sru_rt.cell import Array, Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import ArgumentError, LibraryError
-from sru_rt.plan import Device, Plan
+from sru_rt.machine import USUAL_MULTIPROCESSORS, Device
+from sru_rt.plan import Plan
 from sru_rt.variant import Variant
 
 CELLS = {cell.name: cell for cell in named_cells()}
@@ -66,7 +67,7 @@ sizes = st.tuples(
     sizes=sizes,
     forward=st.booleans(),
     every=st.sampled_from([0, 1, 2, 32, 100, 5000]),
-    device=st.builds(Device, st.sampled_from(list(plan.USUAL_MULTIPROCESSORS)), st.integers(1, 200)),
+    device=st.builds(Device, st.sampled_from(list(USUAL_MULTIPROCESSORS)), st.integers(1, 200)),
     mask=st.booleans(),
     reset=st.booleans(),
 )
@@ -78,7 +79,7 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
     assert p.width in (1, 2) and d % p.width == 0
     assert p.width == 1 or dtype in ("float16", "bfloat16")
     assert p.threads % 32 == 0 and 32 <= p.threads <= 256
-    assert p.depth == 1 if L == 1 else p.depth in (1, 2, 4, 8, 12, 16, 32)
+    assert p.depth == 1 if L == 1 else p.depth in choose.DEPTHS
     assert p.B in (0, B) and p.D == D and p.d == d
     assert (p.has_mask, p.has_reset, p.keep) == (mask, reset, min(every, 2))
     assert p.gate_stride == len(cell.gates) * d
@@ -120,7 +121,7 @@ def test_masks_and_wide_inputs_count_as_registers():
     assert [p.width for p in plans] == [1, 1]
     assert all(ring_registers(cell, "bfloat16", p, wide) <= 128 for p, wide in zip(plans, (0, 7)))
     few = (2048, 1, 1, 1024)
-    assert made(sizes=few).depth == 32 > made(sizes=few, mask=True, reset=True).depth
+    assert made(sizes=few).depth == 24 > made(sizes=few, mask=True, reset=True).depth
 
 
 def test_small_blocks_spread_over_all_multiprocessors():
@@ -354,10 +355,7 @@ def test_steps_that_cannot_be_composed_stay_sequential():
     [
         ((65, 1, 1, 8), 64),
         ((64, 1, 1, 8), 0),  # one chunk
-        ((65536, 1, 1, 1024), 512),
-        ((16384, 1, 1, 1024), 128),
-        ((16384, 1, 2, 512), 128),
-        ((65536, 8, 1, 1024), 1024),
+        ((65536, 1, 1, 1024), 1024),
         ((2048, 1, 1, 1024), 64),
         ((1 << 27, 1, 1, 1), 4096),  # a grid holds no more than 65535 chunks
         ((1, 1, 1, 8), 0),
@@ -370,12 +368,33 @@ def test_length_of_chunks(sizes, expected):
     assert chunk(sizes, how=False) == 0
 
 
+def seconds(sizes, forward, length, cell=AFFINE, dtype="float32") -> float:
+    """What the model says of one pass, in chunks of `length` steps; 0: of the sequential kernels."""
+    L, B, D, d = sizes
+    task, at = chunks._task(variant(cell, dtype), forward, d), choose.load(B * D * d, H200)
+    kernels = (
+        chunks.in_chunks(task, L, length, D * d, at, H200) if length else chunks.sequential(task, L, D * d, at, H200)
+    )
+    return predict.together(kernels)[1]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("L", [300, 2048, 65536])
+def test_the_fastest_of_all_lengths_is_taken(L, forward):
+    for B in (1, 4, 16):
+        sizes = L, B, 1, 1024
+        best = min((64, 128, 256, 512, 1024), key=lambda n: seconds(sizes, forward, n))
+        assert chunk(sizes, forward, how=True) == (best if best < L else 0)
+        faster = seconds(sizes, forward, best) < seconds(sizes, forward, 0)
+        assert chunk(sizes, forward) == (best if faster else 0)
+
+
 @hypothesis.settings(deadline=None)
-@hypothesis.given(L=st.integers(2, 1 << 31), channels=st.integers(1, 1 << 20), chosen=st.sampled_from((0, 1, 3, 4096)))
-def test_chunks_fit_a_grid(L, channels, chosen):
-    length = chunks._length(L, channels, chosen, H200)
+@hypothesis.given(L=st.integers(2, 1 << 31), chosen=st.sampled_from((1, 3, 64, 4096)))
+def test_chunks_fit_a_grid(L, chosen):
+    length = chunks._fitting(L, chosen)
     assert chunks.count(L, length) <= 65535
-    assert length >= chosen if chosen else length >= 64 and length & (length - 1) == 0
+    assert length >= chosen and length % chosen == 0
 
 
 @pytest.mark.parametrize("forward", [True, False])
@@ -383,17 +402,24 @@ def test_chunks_fit_a_grid(L, channels, chosen):
 def test_few_channels_are_cut_and_many_are_not(dtype, forward):
     cut = [chunk((4096, B, 1, 256), forward, dtype=dtype) > 0 for B in (1, 4, 8, 16, 32, 64, 128, 256, 512)]
     assert cut == sorted(cut, reverse=True) and cut[0] and not cut[-1]
-    assert chunk((255, 1, 1, 256), forward, dtype=dtype) == 0 < chunk((256, 1, 1, 256), forward, dtype=dtype)
-    assert chunk((255, 1, 1, 256), forward, how=True, dtype=dtype) == 64
+    assert chunk((130, 1, 1, 256), forward, how=True, dtype=dtype) == 64
 
 
-def test_where_it_begins_to_pay():
-    """float32, forward: 32 steps of 16 bytes in flight at most, where 32 KiB are needed, against 8 of 20 bytes more."""
-    limit = 132 * (32 << 10) / (32 * 16) / (1 + 8 / 20)
-    assert chunk((4096, 1, 1, int(limit))) > 0 == chunk((4096, 1, 1, int(limit) + 1))
-    # backward: rings of 16 steps of 24 bytes; summaries read uf, ur and dh again, of 40 bytes that are moved.
-    limit = 132 * (32 << 10) / (16 * 24) / (1 + 12 / 40)
-    assert chunk((4096, 1, 1, int(limit)), forward=False) > 0 == chunk((4096, 1, 1, int(limit) + 1), forward=False)
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("dtype", IO_DTYPES)
+def test_longer_sequences_are_cut_if_shorter_ones_are(dtype, forward):
+    """`warm` asks for a long one, and has the kernels of all."""
+    for B in (1, 3, 9, 17, 33):
+        cut = [chunk((L, B, 1, 256), forward, dtype=dtype) > 0 for L in (100, 256, 512, 1024, 4096, 1 << 15, 1 << 20)]
+        assert cut == sorted(cut) and not cut[0]
+
+
+@pytest.mark.parametrize("forward, deepest, bytes_moved", [(True, 32, 20 + 8), (False, 16, 40 + 12)])
+def test_where_it_begins_to_pay(forward, deepest, bytes_moved):
+    """Where the memory takes longer for what is read and written, summaries included, than a ring for its latency."""
+    limit = 0.8e-6 / deepest / (bytes_moved / 4.32e12)
+    cut = [chunk((1 << 20, 1, 1, int(part * limit)), forward) > 0 for part in (0.5, 0.8, 1.25, 2)]
+    assert cut == [True, True, False, False]
 
 
 def test_what_summaries_read():

@@ -180,16 +180,16 @@ def test_affine_cells_are_as_good_as_sequential(place, dtype, chunk, monkeypatch
 
 def test_sequential_and_automatic(place, monkeypatch):
     """What is not cut runs through the sequential kernels: nothing is rounded otherwise."""
-    problem = random_problem("float32", 300, 2, 2, 5)
+    problem = random_problem("float32", 1200, 2, 2, 5)
     problem.arrays["v"] = None
     results = {how: run(place, problem, time_parallel=how) for how in (False, "auto", True)}
     assert kernels() == [1, 2, 3, 4]
     same({how: results[how] for how in ("auto", True)})
     assert results[True].bits()["h"] != results[False].bits()["h"]
-    short = random_problem("float32", 255, 2, 2, 5)
+    short = random_problem("float32", 200, 2, 2, 5)
     short.arrays["v"] = None
     same({how: run(place, short, time_parallel=how) for how in (False, "auto")})
-    monkeypatch.setenv("SRU_RT_PLAN", "chunk=300")
+    monkeypatch.setenv("SRU_RT_PLAN", "chunk=1200")
     same({"one chunk": run(place, problem, time_parallel=True), "False": results[False]})
 
 

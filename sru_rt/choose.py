@@ -1,0 +1,190 @@
+"""Chooses depths, width and threads of a kernel by comparing what `predict` says of the candidates.
+
+What is chosen depends on the sizes by the load alone, of which there are few, so that all that a layer may need can be
+listed: see `calls`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from . import costs, predict
+from .dtypes import state_dtype
+from .machine import SCHEDULERS, Device, Machine, usual
+from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
+from .variant import Variant
+
+DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)
+THREADS = (32, 64, 128, 256)
+SHARED_BYTES = 48 << 10  # of one block, on every architecture
+# Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
+# that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
+_RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
+_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48}
+# Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring that
+# is too deep costs less than one that is not deep enough.
+_CAUTION = 1.5
+_ALIKE = 1.02  # predictions that count as the same
+_STEPS = 1 << 20  # so many that what comes before the first one does not count
+# What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
+# 1024 channels a multiprocessor where they may be short enough, and a quarter of that is what it takes to be worth it.
+_LOAD_IN_CHUNKS = 256.0
+_THREADS_IN_CHUNKS = 64
+
+# Channels of a multiprocessor, a quarter of an octave apart; what lies between counts as the lower one.
+LOADS = tuple(2 ** (k / 4) for k in range(57))
+
+
+class Task(NamedTuple):
+    """What a choice depends on beside the device. States are kept before every `every`-th step, 0: not at all."""
+
+    variant: Variant
+    forward: bool
+    every: int
+    parallel: bool = False
+    flags: int = 0  # arrays of one byte a step
+    pairs: bool = False  # whether two channels can be read at once
+    one_step: bool = False
+    in_shared: bool = False  # whether recomputed states lie in shared memory
+
+    @property
+    def sweep(self) -> str:
+        return "forward" if self.forward else "from pieces" if self.every > 1 else "backward"
+
+    @property
+    def block(self) -> int:
+        """Channels of the largest block."""
+        return shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
+
+
+class Choice(NamedTuple):
+    """The fields of a plan; see plan.Plan."""
+
+    width: int
+    depth: int
+    replay_depth: int
+    reduce_depth: int
+    threads: int
+
+    def kernel(self, task: Task) -> predict.Kernel:
+        """What the sweep takes."""
+        states = task.every * self.threads * self.width * state_bytes(task.variant) if task.in_shared else 0
+        return costs.sweep(
+            task.variant,
+            task.forward,
+            task.every,
+            width=self.width,
+            depth=self.depth,
+            replay_depth=self.replay_depth,
+            threads=self.threads,
+            shared=states,
+        )
+
+
+def load(channels: int, device: Device) -> float:
+    """The load of a device by so many channels of all sequences and directions."""
+    return LOADS[max(0, bisect_right(LOADS, channels / device.multiprocessors) - 1)]
+
+
+def batches(row: int, device: Device) -> Iterator[int]:
+    """Batch sizes of which one has each load that any has, where a sequence has `row` channels in all directions."""
+    last = None
+    for each in LOADS:
+        B = max(1, int(each * device.multiprocessors / row))
+        while load(B * row, device) < each:
+            B += 1
+        if last != (last := load(B * row, device)):
+            yield B
+
+
+def state_bytes(variant: Variant) -> int:
+    return ITEMSIZE[state_dtype(variant.dtype)] * len(variant.cell.state)
+
+
+def shared_channels(variant: Variant, every: int) -> int:
+    """Channels of which a block has room for the states of a piece."""
+    return SHARED_BYTES // (every * state_bytes(variant))
+
+
+@lru_cache(maxsize=4096)
+def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
+    """The choice for the load `at`."""
+    at, machine = _LOAD_IN_CHUNKS if task.parallel else at, _cautious(arch, multiprocessors)
+    # Three sweeps of pairs in both directions would have no room in the registers.
+    wide = task.pairs and task.block >= 2 * THREADS[0] and not (task.parallel and task.sweep == "from pieces")
+    found: dict[Choice, predict.Time] = {}
+    for width in (2, 1) if wide else (1,):
+        threads = min(_threads(task, at / width, machine), task.block // width // 32 * 32)
+        replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task), width)
+        for depth in depths:
+            choice = Choice(width, depth, replays[-1], 1, threads)
+            found[choice] = _time(machine, choice.kernel(task), at)
+    most = _ALIKE * min(time.worst for time in found.values())
+    # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
+    few = at < 2 * 32 * SCHEDULERS
+    alike = [choice for choice, time in found.items() if time.worst <= most]
+    best = min(alike, key=lambda c: (c.width if few else -c.width, c.depth))
+    rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
+    summarised = {n: _summaries(task, best, n) for n in _reductions(task, best.width)}
+    return best._replace(
+        replay_depth=_least(machine, rings, at),
+        reduce_depth=_least(machine, summarised, at),
+    )
+
+
+def _least(machine: Machine, kernels: dict[int, predict.Kernel], at: float) -> int:
+    """The least depth whose kernel is as good as any."""
+    seconds = {depth: _time(machine, kernel, at).worst for depth, kernel in kernels.items()}
+    return min(n for n, took in seconds.items() if took <= _ALIKE * min(seconds.values()))
+
+
+def _time(machine: Machine, kernel: predict.Kernel, at: float) -> predict.Time:
+    return predict.sweep(machine, kernel, at * machine.multiprocessors, _STEPS)
+
+
+@cache
+def _cautious(arch: int, multiprocessors: int) -> Machine:
+    found = usual(arch, multiprocessors)
+    return replace(found, latency=_CAUTION * found.latency)
+
+
+def _threads(task: Task, packs: float, machine: Machine) -> int:
+    """The smallest blocks of which half of what a multiprocessor holds suffice, as small ones spread most evenly."""
+    most = machine.limits[1] // 2
+    enough = next((n for n in THREADS if packs <= n * most), THREADS[-1])
+    return _THREADS_IN_CHUNKS if task.parallel else enough
+
+
+def _read(task: Task) -> Sequence[int]:
+    return read(task.variant, task.forward, min(task.every, 2))
+
+
+def _replays(task: Task, width: int) -> Sequence[int]:
+    used = task.sweep == "from pieces"
+    return _depths(task, "replay", replayed(task.variant), width) if used else (1,)
+
+
+def _reductions(task: Task, width: int) -> Sequence[int]:
+    if not task.parallel:
+        return (1,)
+    recomputes = task.sweep == "from pieces" and reduction_reads_state(task.variant.cell)
+    sizes = reduced(task.variant, task.forward, min(task.every, 2))
+    return _depths(task, "from pieces" if recomputes else "reduce", sizes, width)
+
+
+def _summaries(task: Task, choice: Choice, depth: int) -> predict.Kernel:
+    return costs.summaries(task.variant, task.forward, width=choice.width, depth=depth, threads=choice.threads)
+
+
+def _depths(task: Task, sweep: str, streams: Sequence[int], width: int) -> Sequence[int]:
+    """The depths of rings that fit into the registers; `streams` are the sizes of what a step reads."""
+    if task.one_step:
+        return (1,)
+    if task.parallel and sweep in ("from pieces", "replay"):
+        sweep += " in chunks"
+    words = sum(max(1, size * width // 4) for size in streams) + task.flags
+    return [n for n in DEPTHS if n * words <= _RING_REGISTERS[sweep]] or (1,)

@@ -1,0 +1,171 @@
+"""What kernels take for a channel and step, as far as it can be told without compiling them: for `predict`.
+
+Bytes and chains follow from the formula. Instructions and registers are estimates, fitted to the record of compiled
+kernels (tests/gpu_budget.json), of which tests/test_machine.py says how near they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from typing import Any
+
+from .cell import ADJOINT_OF_H, Cell, adjoint_of
+from .dtypes import state_dtype
+from .graph import LEAVES, Node, topological
+from .predict import Kernel
+from .traffic import ITEMSIZE, moved, reduced, replayed
+from .variant import Variant
+
+# Clocks from an operand to the result; assumptions.
+OPERATION, SPECIAL_OPERATION = 4, 20
+_CHAINS = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
+# Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
+_OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
+_OF = {"sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
+_SPECIAL_OF = {"sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
+_DOUBLE = 70  # instructions of a function in float64
+_FOLD_WORDS, _FOLD_STEPS = 64, 16  # of the ring of summaries: see fold_depth in cuda/gpu_scan.h
+
+
+def sweep(
+    variant: Variant,
+    forward: bool,
+    every: int,
+    *,
+    width: int = 1,
+    depth: int = 1,
+    replay_depth: int = 1,
+    threads: int = 32,
+    shared: int = 0,
+) -> Kernel:
+    """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all."""
+    again = not forward and every > 1
+    reads, writes = moved(variant, forward, every)
+    instructions, special = _instructions(variant, forward, again, width)
+    return Kernel(
+        reads=reads,
+        writes=writes,
+        again=sum(replayed(variant)) if again else 0,
+        width=width,
+        depth=depth,
+        replay_depth=replay_depth if again else 0,
+        every=max(1, every),
+        threads=threads,
+        registers=_registers(variant, forward, again, width, depth, replay_depth),
+        shared=shared,
+        instructions=instructions,
+        special=special,
+        chain=chain(variant.cell, forward, again),
+    )
+
+
+def summaries(variant: Variant, forward: bool, *, width: int = 1, depth: int = 1, threads: int = 64) -> Kernel:
+    """The kernel that summarises chunks, with all states kept."""
+    cell, formula = variant.cell, variant.cell.formula
+    results = formula.new_state if forward else [formula.gradient[name] for name in cell.state]
+    arithmetic, special = _arithmetic(variant.dtype, [*results, *formula.jacobian])
+    reads = reduced(variant, forward, keep=1)
+    n = len(cell.state)
+    return Kernel(
+        reads=sum(reads),
+        writes=0,
+        width=width,
+        depth=depth,
+        threads=threads,
+        registers=min(255, 40 + _words(reads, width) * depth),
+        instructions=arithmetic + n * n * n + _STEP / width + _LOAD * len(reads),
+        special=special,
+        chain=max(chain(cell, forward, False), OPERATION * n),
+    )
+
+
+def fold(variant: Variant, width: int = 1, threads: int = 64) -> Kernel:
+    """The kernel that goes over the summaries; its steps are chunks."""
+    n, size = len(variant.cell.state), ITEMSIZE[state_dtype(variant.dtype)]
+    rows = n * (n + 1)
+    words = rows * width * size // 4
+    depth = max(1, _FOLD_WORDS // words) if words > 4 else _FOLD_STEPS
+    return Kernel(
+        reads=rows * size,
+        writes=n * size,
+        width=width,
+        depth=depth,
+        threads=threads,
+        registers=min(255, 40 + words * depth),
+        instructions=4 * rows + _STEP / width,
+        chain=OPERATION * n,
+    )
+
+
+def sums(variant: Variant) -> Kernel:
+    """The kernel that adds up sums of sequences and chunks, eight threads a column; its steps are rows of a thread."""
+    return Kernel(reads=ITEMSIZE[state_dtype(variant.dtype)], writes=0, depth=4, threads=256, instructions=4, chain=4)
+
+
+def _words(streams: Iterable[int], width: int) -> int:
+    """Registers of one step that is read ahead."""
+    return sum(max(1, size * width // 4) for size in streams)
+
+
+@lru_cache(maxsize=4096)
+def _registers(variant: Variant, forward: bool, again: bool, width: int, depth: int, replay_depth: int) -> int:
+    item = ITEMSIZE[variant.dtype]
+    steps = [item] * (len(variant.cell.gates) + len(variant.cell.inputs))
+    if forward:
+        return min(255, round(24 + 1.45 * depth * _words(steps, width)))
+    kept = [ITEMSIZE[state_dtype(variant.dtype)] * (width if again else 1)] * len(variant.cell.state)
+    ring = depth * _words([*steps, item, *kept], width)
+    if again:
+        return min(255, round(60 + 1.1 * (ring + replay_depth * _words(replayed(variant), width))))
+    return min(255, round(50 + 1.1 * ring + 14 * (width - 1)))
+
+
+@lru_cache(maxsize=1024)
+def _instructions(variant: Variant, forward: bool, again: bool, width: int) -> tuple[float, float]:
+    """Instructions and special functions."""
+    cell, formula = variant.cell, variant.cell.formula
+    results = [*formula.new_state, formula.h] if forward else [*formula.gradient.values()]
+    found, special = _arithmetic(variant.dtype, results)
+    steps = len(cell.gates) + len(cell.inputs)
+    loads, stores = (steps, 1 + len(cell.state)) if forward else (steps + 1 + len(cell.state), steps)
+    if again:
+        more, special_more = _arithmetic(variant.dtype, formula.new_state)
+        found, special, loads = found + more + 5, special + special_more, loads + len(replayed(variant))
+    halves = (loads + stores) * _HALF if ITEMSIZE[variant.dtype] == 2 else 0
+    return found + _STEP / width + _LOAD * loads + _STORE * stores + halves, special
+
+
+def _arithmetic(dtype: str, results: Iterable[Any]) -> tuple[float, float]:
+    nodes = [n for n in topological(r for r in results if isinstance(r, Node)) if n.op not in LEAVES]
+    special = sum(_SPECIAL_OF.get(n.op, 0) for n in nodes)
+    if dtype == "float64":
+        return sum(_DOUBLE if n.op in _OF else 1.0 for n in nodes), special / 2
+    return sum(_OF.get(n.op, _OPERATION) for n in nodes), special
+
+
+@cache
+def chain(cell: Cell, forward: bool, again: bool) -> int:
+    """Clocks from the state before a step to that after it; backwards of their adjoints, and of recomputed states."""
+    formula = cell.formula
+    forwards = _longest({formula.leaves[name] for name in cell.state}, formula.new_state)
+    if forward:
+        return forwards
+    adjoints = {adjoint_of(name) for name in cell.state}
+    results = [formula.gradient[name] for name in cell.state]
+    nodes = topological(r for r in results if isinstance(r, Node))
+    seeds = {n for n in nodes if n.op == "input" and n.args[0] in adjoints and n.args[0] != ADJOINT_OF_H}
+    return _longest(seeds, results) + (forwards if again else 0)
+
+
+def _longest(first: set[Node], results: Iterable[Any]) -> int:
+    @cache
+    def length(node: Any) -> float:
+        if node in first:
+            return 0
+        if not isinstance(node, Node) or not node.args:
+            return -math.inf
+        return max(length(a) for a in node.args) + _CHAINS.get(node.op, OPERATION)
+
+    return int(max(0, *(length(result) for result in results)))

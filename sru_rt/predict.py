@@ -1,0 +1,132 @@
+"""A model of how long a GPU takes for a kernel of this library: the longest of a few things that each take their time.
+
+It is arithmetic on the numbers of `machine` and on what a kernel takes, and was not measured. The planner compares
+plans by it; the tables of docs/gpu_budget.md and benchmarks/model.py print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .machine import REGISTERS, SCHEDULERS, Machine
+
+_LINES = 2  # latencies before the first step: of what is read once, and of the ring
+
+
+class Kernel(NamedTuple):
+    """What a sweep over time takes: bytes, instructions and clocks are those of one channel and step."""
+
+    reads: float  # bytes from memory
+    writes: float
+    again: float = 0  # bytes that are read once more soon afterwards, by a sweep that recomputes states
+    width: int = 1  # channels of a thread
+    depth: int = 1  # steps that are read ahead
+    replay_depth: int = 0  # the same of a sweep that recomputes states, 0 if there is none
+    every: int = 1  # steps of a piece whose states are recomputed
+    threads: int = 32
+    registers: int = 32
+    shared: int = 0  # bytes of a block
+    instructions: float = 0
+    special: float = 0  # those among them on the special function unit
+    chain: float = 0  # clocks from the state before a step to the state after it
+
+
+class Time(NamedTuple):
+    """Seconds of a kernel, if nothing but one thing took time; the last three come before or beside the others."""
+
+    memory: float
+    cache: float  # second-level cache, and what one multiprocessor takes from it
+    in_flight: float  # loads that are too few to hide their latency
+    issue: float
+    special: float
+    chain: float
+    refill: float  # of rings, in sweeps that recompute states
+    fill: float  # until the first step
+    launch: float
+
+    @property
+    def best(self) -> float:
+        """If a warp does all its other work while it waits for the chain."""
+        return self._total(max(self.issue, self.chain))
+
+    @property
+    def worst(self) -> float:
+        """If it does none of it then."""
+        return self._total(self.issue + self.chain)
+
+    def _total(self, arithmetic: float) -> float:
+        steps = max(self.in_flight, arithmetic, self.special) + self.refill
+        return max(self.memory, self.cache, steps) + self.fill + self.launch
+
+    @property
+    def bound(self) -> str:
+        """What takes the time at best."""
+        steps = {
+            "loads in flight": self.in_flight,
+            "instructions": self.issue,
+            "special functions": self.special,
+            "chain": self.chain,
+        }
+        name = max(steps, key=lambda key: steps[key])
+        limits = {
+            "memory": self.memory,
+            "cache": self.cache,
+            f"{name} and refills" if self.refill else name: steps[name] + self.refill,
+        }
+        bound = max(limits, key=lambda key: limits[key])
+        return bound if limits[bound] >= self.fill + self.launch else "launch and latency"
+
+
+def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Time:
+    """The time of one kernel that takes `channels` over `steps` steps, chunks of time counted as channels."""
+    k, clock, most = kernel, machine.clock, machine.multiprocessors
+    warps, here = k.threads / 32, occupancy(machine, k)
+    fullest = -(-max(1, -(-channels // (k.width * k.threads))) // most)  # blocks of one multiprocessor
+    waves = -(-fullest // here)  # those that there is no room for come after the others
+    work = -(-fullest * warps // SCHEDULERS) * k.width * steps  # of one scheduler, in warps of one channel
+    moved = k.reads + k.writes
+    laps = 1 / k.depth + (1 / k.replay_depth if k.replay_depth else 0)
+    # A piece that the cache does not hold comes from memory twice.
+    running = min(channels, here * most * k.threads * k.width)
+    again = k.again if running * k.every * moved > machine.l2_bytes else 0
+    scheduled = -(-min(fullest, here) * warps // SCHEDULERS)  # warps of one scheduler at once
+    return Time(
+        memory=channels * steps * (moved + again) / machine.bandwidth,
+        cache=max(
+            channels * steps * (moved + k.again) / machine.cache_bandwidth,
+            fullest * k.threads * k.width * steps * (moved + k.again) / machine.port_bandwidth,
+        ),
+        in_flight=waves * steps * laps * machine.latency,
+        issue=work * k.instructions / clock,
+        special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
+        chain=waves * steps * k.chain / clock,
+        refill=waves * steps / k.every * 2 * machine.latency / scheduled if k.replay_depth else 0,
+        fill=waves * _LINES * machine.latency,
+        launch=machine.launch,
+    )
+
+
+def occupancy(machine: Machine, kernel: Kernel) -> int:
+    """Blocks that a multiprocessor holds at once: by threads, blocks, registers and shared memory."""
+    threads, blocks, shared = machine.limits
+    registers = -(-kernel.registers // 8) * 8 * kernel.threads
+    here = min(threads // kernel.threads, blocks, REGISTERS // registers)
+    if kernel.shared:
+        here = min(here, shared // (kernel.shared + 1024))  # of which the system takes a KiB
+    return max(1, here)
+
+
+def product(machine: Machine, dtype: str, m: int, n: int, k: int, tf32: bool = False) -> Time:
+    """The time of a matrix product (m, k) by (k, n) of cuBLAS: operations, or bytes that are moved once."""
+    size = {"float32": 4, "float64": 8}.get(dtype, 2)
+    moved = size * (m * k + k * n + m * n)
+    issue = 2 * m * n * k / machine.product_rate(dtype, tf32)
+    fill = _LINES * machine.latency
+    return Time(moved / machine.bandwidth, moved / machine.cache_bandwidth, 0, issue, 0, 0, 0, fill, machine.launch)
+
+
+def together(times: Iterable[Time]) -> tuple[float, float]:
+    """Seconds of kernels that follow each other, at best and at worst."""
+    listed = list(times)
+    return sum(t.best for t in listed), sum(t.worst for t in listed)
