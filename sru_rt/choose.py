@@ -87,7 +87,12 @@ class Choice(NamedTuple):
 
 def load(channels: int, device: Device) -> float:
     """The load of a device by so many channels of all sequences and directions."""
-    return LOADS[max(0, bisect_right(LOADS, channels / device.multiprocessors) - 1)]
+    return rounded(channels / device.multiprocessors)
+
+
+def rounded(at: float) -> float:
+    """The load that so many channels of a multiprocessor count as."""
+    return LOADS[max(0, bisect_right(LOADS, at) - 1)]
 
 
 def batches(row: int, device: Device) -> Iterator[int]:

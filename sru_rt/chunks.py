@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from . import costs, plan, predict
 from .cell import Cell
-from .choose import Choice, Task, choose, load
+from .choose import Choice, Task, choose, load, rounded
 from .dtypes import state_dtype
 from .machine import Device, Machine, of
 from .traffic import ITEMSIZE, reduced
@@ -20,6 +20,7 @@ from .variant import Variant
 
 _SHORTEST, _LONGEST = 64, 1024
 _MOST_CHUNKS = 65535  # of a grid, along z
+_MIDDLE = 2**0.125  # of the channels that count as one load
 _MANY = 1 << 20  # steps; what does not pay for so many is not done for fewer
 
 
@@ -57,7 +58,7 @@ def length(
     if not possible(variant.cell, forward):
         return 0
     task = _task(variant, forward, d)
-    at = load(B * D * d, device)
+    at = _MIDDLE * load(B * D * d, device)
     chunk = _fitting(L, chosen) if chosen else _best(task, L, D * d, at, device)
     if chunk >= L:
         return 0
@@ -96,8 +97,8 @@ def _pays(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -
     return cut < alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device))
 
 
-def sequential(task: Task, L: int, row: int, at: float, device: Device) -> Iterator[predict.Time]:
-    """The kernels of a pass in which a thread takes all steps."""
+def sequential(task: Task, L: float, row: int, at: float, device: Device) -> Iterator[predict.Time]:
+    """The kernels of a pass in which a thread takes all steps, of `at` channels for each multiprocessor."""
     machine, choice = of(device), _chosen(task, at, device)
     yield predict.sweep(machine, choice.kernel(task), at * machine.multiprocessors, L)
     yield from _sums(task, machine, 1, row, at)
@@ -111,16 +112,16 @@ def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Devic
     first = costs.summaries(task.variant, task.forward, width=width, depth=choice.reduce_depth, threads=threads)
     yield predict.sweep(machine, first, channels * (n - 1), chunk)
     yield predict.sweep(machine, costs.fold(task.variant, width, threads), channels, n - 1)
-    # What summaries have read comes from the cache if all of it has room there.
-    again = sum(reduced(task.variant, task.forward, keep=1))
     sweep = choice.kernel(task)
-    sweep = sweep._replace(reads=sweep.reads - again, again=again, every=L)
+    if task.every < 2:  # what summaries have read comes from the cache, if all of it has room there
+        again = sum(reduced(task.variant, task.forward, keep=1))
+        sweep = sweep._replace(reads=sweep.reads - again, again=again, every=L)
     yield predict.sweep(machine, sweep, channels * n, chunk)
     yield from _sums(task, machine, n, row, at)
 
 
 def _chosen(task: Task, at: float, device: Device) -> Choice:
-    return choose(task, at, device.arch, device.multiprocessors)
+    return choose(task, rounded(at), device.arch, device.multiprocessors)
 
 
 def _sums(task: Task, machine: Machine, n: int, row: int, at: float) -> Iterator[predict.Time]:

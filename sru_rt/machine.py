@@ -60,6 +60,11 @@ class Machine:
     latency: float = _LATENCY
 
     @property
+    def device(self) -> Device:
+        """What the driver of such a card would tell."""
+        return Device(self.arch, self.multiprocessors, self.sheet_bandwidth, self.sheet_clock, self.l2_bytes)
+
+    @property
     def bandwidth(self) -> float:
         """Bytes a second that a copy reads and writes."""
         return _OF_BANDWIDTH * self.sheet_bandwidth

@@ -62,18 +62,17 @@ class Time(NamedTuple):
     @property
     def bound(self) -> str:
         """What takes the time at best."""
-        steps = {
-            "loads in flight": self.in_flight,
-            "instructions": self.issue,
-            "special functions": self.special,
-            "chain": self.chain,
-        }
+        return self._bound({"instructions": self.issue, "chain": self.chain})
+
+    @property
+    def bound_at_worst(self) -> str:
+        return self._bound({"instructions and chain": self.issue + self.chain})
+
+    def _bound(self, arithmetic: dict[str, float]) -> str:
+        steps = {"loads in flight": self.in_flight, "special functions": self.special, **arithmetic}
         name = max(steps, key=lambda key: steps[key])
-        limits = {
-            "memory": self.memory,
-            "cache": self.cache,
-            f"{name} and refills" if self.refill else name: steps[name] + self.refill,
-        }
+        limits = {"memory": self.memory, "cache": self.cache}
+        limits[f"{name} and refills" if self.refill else name] = steps[name] + self.refill
         bound = max(limits, key=lambda key: limits[key])
         return bound if limits[bound] >= self.fill + self.launch else "launch and latency"
 

@@ -141,7 +141,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin + b"\0")  # some releases of CuPy leave out the last byte of the file
         file.flush()
-        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"nvdisasm failed: {done.stderr}")
     return done.stdout
@@ -272,6 +272,11 @@ class Steady:
     loads: float
     stores: float
     moves: float
+    load_bits: dict[str, float]  # loads by their width
+
+
+_OPERATIONS = {"mufu": "MUFU", "loads": "LDG", "stores": "STG", "moves": r"(MOV|IMAD\.MOV(\.U32)?)"}
+_WIDTHS = {bits: rf"LDG\S*\.{of}\b\S*" for bits, of in (("8", "[US]8"), ("16", "[US]16"), ("64", "64"), ("128", "128"))}
 
 
 def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int) -> Steady:
@@ -282,19 +287,29 @@ def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int)
     What is called from a loop, such as a division in float64, is not in it. A way past an instruction counts as if
     taken.
     """
-    names = ("", "MUFU", "LDG", "STG", "(MOV|IMAD\\.MOV(\\.U32)?)")
-    totals, missing = [0.0] * len(names), dict(sweeps)
+    totals, missing = dict.fromkeys(("instructions", *_OPERATIONS, *_WIDTHS), 0.0), dict(sweeps)
     for loop in innermost_loops(control_flow(text, kernel)):
         instructions = [operation for block in loop for operation in block.instructions if "NOP" not in operation]
         loads = _count(instructions, "LDG")
         fitting = [steps for steps, each in sweeps if steps * each == loads]
         for steps in fitting[:1] if _count(instructions, "STG") else fitting[-1:]:
             missing.pop(steps, None)
-            counts = [_count(instructions, name) if name else len(instructions) for name in names]
-            totals = [total + n / steps / channels for total, n in zip(totals, counts)]
+            totals["instructions"] += len(instructions) / steps / channels
+            for name, pattern in (_OPERATIONS | _WIDTHS).items():
+                totals[name] += _count(instructions, pattern) / steps / channels
     if missing:
         raise RuntimeError(f"{kernel} has no loop of {missing} (steps of a lap: loads of a step)")
-    return Steady(*(round(total, 3) for total in totals))
+    rounded = {name: round(total, 3) for name, total in totals.items()}
+    bits = {name: n for name in _WIDTHS if (n := rounded.pop(name))}
+    if rest := round(rounded["loads"] - sum(bits.values()), 3):
+        bits["32"] = rest
+    return Steady(**rounded, load_bits=dict(sorted(bits.items(), key=lambda item: int(item[0]))))
+
+
+def instructions(text: str, kernel: str) -> int:
+    """All instructions of a kernel, whether they run or not."""
+    blocks = control_flow(text, kernel)
+    return sum("NOP" not in operation for block in blocks for operation in block.instructions)
 
 
 def _count(instructions: list[str], name: str) -> int:

@@ -371,7 +371,7 @@ def test_length_of_chunks(sizes, expected):
 def seconds(sizes, forward, length, cell=AFFINE, dtype="float32") -> float:
     """What the model says of one pass, in chunks of `length` steps; 0: of the sequential kernels."""
     L, B, D, d = sizes
-    task, at = chunks._task(variant(cell, dtype), forward, d), choose.load(B * D * d, H200)
+    task, at = chunks._task(variant(cell, dtype), forward, d), 2 ** (1 / 8) * choose.load(B * D * d, H200)
     kernels = (
         chunks.in_chunks(task, L, length, D * d, at, H200) if length else chunks.sequential(task, L, D * d, at, H200)
     )

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,18 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
 import nvrtc  # noqa: E402
-from sru_rt import chunks, compile_gpu, plan  # noqa: E402
-from sru_rt.cell import ADJOINT_OF_H, Cell, adjoint_of  # noqa: E402
+from sru_rt import chunks, compile_gpu, costs, machine, plan, predict  # noqa: E402
+from sru_rt.cell import Cell  # noqa: E402
 from sru_rt.cells import named_cells  # noqa: E402
 from sru_rt.dtypes import state_dtype  # noqa: E402
-from sru_rt.graph import Node  # noqa: E402
-from sru_rt.traffic import ITEMSIZE, reduced, replayed  # noqa: E402
+from sru_rt.traffic import moved, reduced, replayed  # noqa: E402
 from sru_rt.variant import Variant  # noqa: E402
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
 PAGE = ROOT / "docs" / "gpu_budget.md"
 RELEASE = 12  # of NVRTC, by which the record is made
-ARCHS = tuple(plan.USUAL_MULTIPROCESSORS)
+ARCHS = tuple(machine.USUAL_MULTIPROCESSORS)
 
 # (forward, every): the passes by what is kept for the backward: nothing, every state, one of 32.
 PASSES = {
@@ -53,8 +51,18 @@ IN_CHUNKS = {
     "backward, summaries of chunks": (False, 1),
     "backward, chunk by chunk": (False, 1),
 }
+# The small kernels before and behind these, and a forward of one step: as a whole, as no loop makes their time.
+SMALL = {
+    "forward, one step": (True, 0, "forward"),
+    "backward, sums over sequences": (False, 1, "sum_partials"),
+    "forward, fold of chunks": (True, 1, "fold"),
+    "backward, fold of chunks": (False, 1, "fold"),
+    "backward, sums over chunks": (False, 1, "sum_chunks"),
+}
 USUAL = (2048, 16, 1, 1024)  # L, B, D, d
 FEW = (65536, 1, 1, 1024)
+ONE = (1, 16, 1, 1024)
+_COMPILE_SECONDS = 0.3  # that a kernel may take; printed alone, as machines differ
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Entry:
 
     cell: str
     dtype: str
-    which: str  # of PASSES or IN_CHUNKS
+    which: str  # of PASSES, IN_CHUNKS or SMALL
     sizes: tuple[int, int, int, int] = USUAL
     arch: int = 90
 
@@ -74,10 +82,12 @@ class Entry:
 
     @property
     def kept(self) -> tuple[bool, int]:
-        return (PASSES | IN_CHUNKS)[self.which]
+        return (PASSES | IN_CHUNKS | {name: found[:2] for name, found in SMALL.items()})[self.which]
 
     @property
     def kernel(self) -> str:
+        if self.which in SMALL:
+            return SMALL[self.which][2]
         return "reduce" if "summaries" in self.which else "forward" if self.kept[0] else "backward"
 
     def planned(self) -> tuple[Variant, plan.Plan]:
@@ -85,14 +95,27 @@ class Entry:
         forward, every = self.kept
         variant = Variant(_cells()[self.cell], self.dtype, state_dtype(self.dtype))
         arguments = nvrtc.arguments(variant.cell, self.dtype, self.sizes, forward=forward, every=every)
-        if self.which in IN_CHUNKS:
+        if "chunk" in self.which:
             arguments = arguments._replace(given=arguments.given._replace(chunk=512, carry=1 << 20))
-        device = plan.Device(self.arch, plan.USUAL_MULTIPROCESSORS[self.arch])
+        device = machine.Device(self.arch, machine.USUAL_MULTIPROCESSORS[self.arch])
         return variant, plan.plan(variant, arguments, device)
 
     def compile(self, major: int = RELEASE) -> tuple[bytes, str]:
-        text = compile_gpu.unit(*self.planned())
-        return nvrtc.release(major).compile(text, (f"-arch=sm_{self.arch}", *compile_gpu.FLAGS))
+        """Machine code and log, in which a thread that asks for the same again need not wait."""
+        return compiled(major, compile_gpu.unit(*self.planned()), self.arch)[:2]
+
+
+@cache
+def compiled(major: int, text: str, arch: int) -> tuple[bytes, str, float]:
+    """Machine code, log, and seconds of processor time."""
+    began = time.thread_time()
+    code, log = nvrtc.release(major).compile(text, (f"-arch=sm_{arch}", *compile_gpu.FLAGS))
+    return code, log, time.thread_time() - began
+
+
+@cache
+def _disassembled(code: bytes) -> str:
+    return nvrtc.disassemble(code)
 
 
 @cache
@@ -117,6 +140,9 @@ def entries() -> list[Entry]:
     for cell, dtype, which in itertools.product((first, "sru_no_v"), both, IN_CHUNKS):
         if chunks.possible(_cells()[cell], IN_CHUNKS[which][0]):
             found.append(Entry(cell, dtype, which, FEW))
+    for dtype, which in itertools.product(both, SMALL):
+        sizes = FEW if "chunk" in which else ONE if "step" in which else USUAL
+        found.append(Entry("sru_no_v" if "chunk" in which else first, dtype, which, sizes))
     return found
 
 
@@ -129,15 +155,26 @@ def measure(entry: Entry) -> dict[str, Any]:
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
     if entry.kernel == "reduce":
         result["depth"] = made.reduce_depth
-    result["shared"] = used.shared + plan.shared_bytes(variant, made, entry.kept[1])
-    if entry.arch == 90:
-        text = nvrtc.disassemble(code)
+    if entry.kernel.startswith("sum_"):
+        result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
+    sweeps_states = entry.kernel in ("forward", "backward")
+    result["shared"] = used.shared + (plan.shared_bytes(variant, made, entry.kept[1]) if sweeps_states else 0)
+    result["warps"] = warps(entry.arch, result)
+    if entry.arch == 90 and entry.which in SMALL:
+        result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
+    elif entry.arch == 90:
         loops = sweeps(variant, made)
         if entry.kernel == "reduce":
             loops = [(made.reduce_depth, len(reduced(variant, made.forward, made.keep)))]
-        counted = nvrtc.steady(text, entry.kernel, loops, made.width * made.D)
-        result |= asdict(counted)
+        result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D))
     return result
+
+
+def warps(arch: int, kernel: dict[str, Any]) -> int:
+    """Warps that a multiprocessor has room for."""
+    taken = {name: kernel[name] for name in ("threads", "registers", "shared")}
+    usual = machine.usual(arch, machine.USUAL_MULTIPROCESSORS[arch])
+    return predict.occupancy(usual, predict.Kernel(0, 0, **taken)) * kernel["threads"] // 32
 
 
 def sweeps(variant: Variant, made: plan.Plan) -> list[tuple[int, int]]:
@@ -161,117 +198,19 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it means: a prediction for one H200, from nothing but the record and these constants
-
-BANDWIDTH = 4.3e12  # bytes a second: what a copy reaches
-MULTIPROCESSORS, SCHEDULERS = 132, 4
-CLOCK = 1.75e9
-MUFU_PER_CLOCK, _REGISTERS = 16, 1 << 16  # of a multiprocessor
-LATENCY = 0.8e-6  # from a load to its value, with the memory busy
-# Clocks from an operand to the result.
-OPERATION, SPECIAL_OPERATION = 4, 20
+# What it means: see sru_rt/predict.py
 
 
-def traffic(cell: Cell, dtype: str, forward: bool, every: int) -> tuple[float, float]:
-    """Bytes that are read and written for one channel and step, each array once."""
-    item, state = ITEMSIZE[dtype], ITEMSIZE[state_dtype(dtype)]
-    steps = len(cell.gates) + len(cell.inputs)
-    kept = len(cell.state) * state / every if every else 0
-    if forward:
-        return item * steps, item + kept
-    return item * (steps + 1) + kept, item * steps
-
-
-def chain(cell: Cell, forward: bool, every: int) -> int:
-    """Clocks from the state before a step to that after it; backwards of their adjoints, and of recomputed states."""
-    formula = cell.formula
-    forwards = _longest({formula.leaves[name] for name in cell.state}, formula.new_state)
-    if forward:
-        return forwards
-    adjoints = {adjoint_of(name) for name in cell.state}
-    results = [formula.gradient[name] for name in cell.state]
-    seeds = {n for n in nodes(results) if n.op == "input" and n.args[0] in adjoints and n.args[0] != ADJOINT_OF_H}
-    return _longest(seeds, results) + (forwards if every > 1 else 0)
-
-
-def nodes(results: list[Node]) -> Iterator[Node]:
-    todo, seen = list(results), set()
-    while todo:
-        node = todo.pop()
-        if isinstance(node, Node) and node not in seen:
-            seen.add(node)
-            yield node
-            todo += node.args
-
-
-def _longest(first: set[Node], results: Any) -> int:
-    cost = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
-
-    @cache
-    def length(node: Any) -> float:
-        if node in first:
-            return 0
-        if not isinstance(node, Node) or not node.args:
-            return -math.inf
-        return max(length(a) for a in node.args) + cost.get(node.op, OPERATION)
-
-    return int(max(0, *(length(result) for result in results)))
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds of one step of all channels, if nothing but one thing took time."""
-
-    memory: float
-    in_flight: float  # loads that are too few to hide their latency
-    issue: float
-    special: float
-    chain: float
-    refill: float  # adds to the others
-
-    @property
-    def best(self) -> float:
-        """If a warp does all its other work while it waits for the chain."""
-        return max(self.memory, max(self.in_flight, self.issue, self.special, self.chain) + self.refill)
-
-    @property
-    def worst(self) -> float:
-        """If it does none of it then."""
-        return max(self.memory, max(self.in_flight, self.issue + self.chain, self.special) + self.refill)
-
-    @property
-    def bound(self) -> str:
-        """What takes the time at best."""
-        others = {"loads in flight": self.in_flight, "instructions": self.issue, "special functions": self.special}
-        others["chain"] = self.chain
-        name = max(others, key=lambda key: others[key])
-        if self.best == self.memory:
-            return "memory"
-        return f"{name} and refills" if self.refill else name
-
-
-def predict(entry: Entry, kernel: dict[str, Any]) -> Prediction:
-    """For an H200. `kernel` is the entry's record."""
+def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
+    """The time of a kernel of the record on the usual card of its architecture."""
+    variant = entry.planned()[0]
     forward, every = entry.kept
-    _, B, D, d = entry.sizes
-    cell = _cells()[entry.cell]
-    channels, width, threads = B * D * d, kernel["width"], kernel["threads"]
-    blocks = math.ceil(math.ceil(channels / width / threads) / MULTIPROCESSORS)  # of the fullest multiprocessor
-    warps = math.ceil(blocks * threads / 32 / SCHEDULERS)
-    # Those that registers leave no room for come after the others.
-    resident = min(16, _REGISTERS // (SCHEDULERS * 32 * -(-kernel["registers"] // 8) * 8))
-    waves = math.ceil(warps / resident)
-    two_sweeps = every > 1 and not forward
-    laps = 1 / kernel["depth"] + (1 / kernel["replay_depth"] if two_sweeps else 0)
-    return Prediction(
-        memory=channels * sum(traffic(cell, entry.dtype, forward, every)) / BANDWIDTH,
-        in_flight=waves * laps * LATENCY,
-        issue=warps * width * kernel["instructions"] / CLOCK,
-        special=warps * SCHEDULERS * 32 * width * kernel["mufu"] / MUFU_PER_CLOCK / CLOCK,
-        chain=waves * chain(cell, forward, every) / CLOCK,
-        # The ring is empty at the start of each of the two sweeps over a piece; other warps of a scheduler fill in.
-        refill=2 * LATENCY / every / min(warps, resident) if two_sweeps else 0,
-    )
+    L, B, D, d = entry.sizes
+    names = ("width", "depth", "replay_depth", "threads", "shared")
+    taken = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names})
+    taken = taken._replace(registers=kernel["registers"], instructions=kernel["instructions"], special=kernel["mufu"])
+    usual = machine.usual(entry.arch, machine.USUAL_MULTIPROCESSORS[entry.arch])
+    return predict.sweep(usual, taken, B * D * d, L)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +222,7 @@ _BEGIN, _END = "<!-- {} -->\n", "<!-- end -->"
 def tables(kernels: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The tables of the page, by name."""
     known = [(entry, kernels[entry.key]) for entry in entries()]
-    usual = [(e, k) for e, k in known if e.sizes == USUAL and e.arch == 90 and e.cell in _cells()]
+    usual = [(e, k) for e, k in known if e.sizes == USUAL and e.arch == 90 and e.which in PASSES]
     other = [(e, k) for e, k in known if e.arch == 90 and e.sizes[1:3] != USUAL[1:3] and e.which in PASSES]
     in_chunks = [(e, k) for e, k in known if e.which in IN_CHUNKS]
     archs = [(e, k) for e, k in known if e.arch != 90]
@@ -291,18 +230,19 @@ def tables(kernels: dict[str, dict[str, Any]]) -> dict[str, str]:
         "usual size": _budget_table(usual),
         "other sizes": _budget_table(other, sized=True),
         "in chunks": _chunks_table(in_chunks),
+        "small kernels": _small_table([(e, k) for e, k in known if e.which in SMALL]),
         "other architectures": _arch_table(archs),
     }
 
 
 def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False) -> str:
-    heads = ["cell", "dtype", "pass", "bytes read + written", "width, depth, threads", "registers", "instructions"]
-    heads += ["special", "chain", "ns a step", "bound by, at best", "of a copy"]
+    heads = ["cell", "dtype", "pass", "bytes read + written", "width, depth, threads", "registers", "warps"]
+    heads += ["loads", "instructions", "special", "chain", "us", "bound by, at best", "of a copy"]
     lines = []
     for entry, k in rows:
         forward, every = entry.kept
-        cell, expected = _cells()[entry.cell], predict(entry, k)
-        reads, writes = traffic(cell, entry.dtype, forward, every)
+        cell, expected = _cells()[entry.cell], predicted(entry, k)
+        reads, writes = moved(entry.planned()[0], forward, every)
         _, B, D, _ = entry.sizes
         where = f"`{entry.cell}`" if not sized else f"`{entry.cell}`, B {B}, D {D}"
         single = entry.dtype != "float64"
@@ -314,10 +254,12 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
                 f"{reads:.4g} + {writes:.4g}",
                 f"{k['width']}, {k['depth']}, {k['threads']}",
                 str(k["registers"]),
+                str(k["warps"]),
+                _loads(k),
                 f"{k['instructions']:.1f}",
                 f"{k['mufu']:.1f}",
-                f"{chain(cell, forward, every)}" if single else "",
-                f"{expected.best * 1e9:.0f} to {expected.worst * 1e9:.0f}" if single else "",
+                f"{costs.chain(cell, forward, not forward and every > 1)}" if single else "",
+                f"{expected.best * 1e6:.0f} to {expected.worst * 1e6:.0f}" if single else "",
                 expected.bound if single else "",
                 f"{expected.memory / expected.worst:.0%} to {expected.memory / expected.best:.0%}" if single else "",
             ]
@@ -325,20 +267,50 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
     return _markdown(heads, lines)
 
 
+def _loads(kernel: dict[str, Any]) -> str:
+    """Loads of a thread and step: how many, of how many bits."""
+    return ", ".join(f"{n * kernel['width']:.3g} x {bits}" for bits, n in kernel["load_bits"].items())
+
+
 def _chunks_table(rows: list[tuple[Entry, dict[str, Any]]]) -> str:
-    heads = ["cell", "dtype", "kernel", "loads", "width, depth, threads", "registers", "instructions", "special"]
+    heads = [
+        "cell",
+        "dtype",
+        "kernel",
+        "loads",
+        "width, depth, threads",
+        "registers",
+        "warps",
+        "instructions",
+        "special",
+    ]
     lines = [
         [
             f"`{entry.cell}`",
             entry.dtype,
             entry.which,
-            f"{k['loads'] * k['width']:.0f}",
+            _loads(k),
             f"{k['width']}, {k['depth']}, {k['threads']}",
             str(k["registers"]),
+            str(k["warps"]),
             f"{k['instructions']:.1f}",
             f"{k['mufu']:.1f}",
         ]
         for entry, k in rows
+    ]
+    return _markdown(heads, lines)
+
+
+def _small_table(rows: list[tuple[Entry, dict[str, Any]]]) -> str:
+    heads = ["cell", "dtype", "kernel", "threads", "registers", "warps", "shared memory", "all instructions"]
+    lines = [
+        [
+            f"`{e.cell}`",
+            e.dtype,
+            e.which,
+            *(str(k[n]) for n in ("threads", "registers", "warps", "shared", "instructions")),
+        ]
+        for e, k in rows
     ]
     return _markdown(heads, lines)
 
@@ -368,6 +340,19 @@ def page(text: str, made: dict[str, str]) -> str:
     return text
 
 
+def seconds_of_compiling(wanted: list[Entry]) -> str:
+    """A table of what took longest, and of all."""
+    took = {e.key: compiled(RELEASE, compile_gpu.unit(*e.planned()), e.arch)[2] for e in wanted}
+    ordered = sorted(took, key=lambda key: -took[key])
+    slow = sum(seconds > _COMPILE_SECONDS for seconds in took.values())
+    lines = [f"{took[key]:6.2f} s  {key}" for key in ordered[:20]]
+    median = took[ordered[len(ordered) // 2]]
+    lines.append(
+        f"{slow} of {len(took)} take more than {_COMPILE_SECONDS} s of processor time; half of all {median:.2f} s"
+    )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--tables"]):
         sys.exit(__doc__)
@@ -375,6 +360,7 @@ def main(arguments: list[str]) -> None:
         version = ".".join(map(str, nvrtc.release(RELEASE).version))
         kernels = measured(entries())
         RECORD.write_text(json.dumps({"nvrtc": version, "kernels": kernels}, indent=1) + "\n")
+        sys.stdout.write(seconds_of_compiling(entries()))
     PAGE.write_text(page(PAGE.read_text(), tables(recorded())))
 
 
