@@ -25,6 +25,7 @@ from sru_rt import choose, chunks, compile_gpu, machine, plan, source
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import CacheError, CompileError
+from sru_rt.graph import topological
 from sru_rt.variant import Variant
 
 pytest.importorskip("cupy", reason="CuPy, through which kernels for a GPU are compiled, is not installed")
@@ -215,9 +216,9 @@ def compare(key: str, was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     faults = []
     if now["spills"]:
         faults.append(f"{key}: spills {now['spills']} bytes")
-    for name in ("width", "depth", "threads", "shared"):
-        if now[name] != was[name]:
-            faults.append(f"{key}: {name} was {was[name]}, is {now[name]}: {RERECORD}")
+    for name in ("width", "depth", "threads", "shared", "load_bits"):
+        if now.get(name) != was.get(name):
+            faults.append(f"{key}: {name} was {was.get(name)}, is {now.get(name)}: {RERECORD}")
     if now["registers"] > REGISTERS[12](was["registers"]):
         faults.append(f"{key}: took {was['registers']} registers, takes {now['registers']}: {RERECORD}")
     for name in ("instructions", "mufu", "loads", "stores"):
@@ -271,13 +272,14 @@ def test_record_is_of_kernels_that_do_not_spill(gpu_budget):
         ({"instructions": 28.0}, "better"),
         ({"mufu": 5.0}, "mufu were 4.0, are 5.0"),
         ({"depth": 16}, "depth was 8, is 16"),
+        ({"load_bits": {"16": 4.0}}, "load_bits was {'32': 4.0}, is {'16': 4.0}"),
         ({"registers": 104, "instructions": 31.4}, None),
         ({"registers": 92, "instructions": 28.6}, None),
     ],
 )
 def test_comparison_with_the_record(change, says):
     was = dict(width=1, depth=8, threads=32, shared=0, registers=100, spills=0)
-    was |= dict(instructions=30.0, mufu=4.0, loads=4.0, stores=1.0)
+    was |= dict(instructions=30.0, mufu=4.0, loads=4.0, stores=1.0, load_bits={"32": 4.0})
     faults = compare("kernel", was, was | change)
     assert len(faults) == (says is not None)
     assert says is None or says in faults[0]
@@ -294,7 +296,7 @@ def test_special_functions_are_those_of_the_formula(gpu_budget):
     """A sigmoid in float32 is one exponential and one reciprocal; so are a tanh and a softplus."""
     recorded = gpu_budget.recorded()
     for name, cell in CELLS.items():
-        nodes = gpu_budget.nodes([*cell.formula.new_state, cell.formula.h])
+        nodes = topological([*cell.formula.new_state, cell.formula.h])
         functions = sum(node.op in ("sigmoid", "tanh", "softplus") for node in nodes)
         kernel = recorded[gpu_budget.Entry(name, "float32", "forward, all states kept").key]
         assert kernel["mufu"] == 2 * functions, name
@@ -338,7 +340,19 @@ LOOPS = """
 
 def test_the_innermost_loop_is_counted_with_what_stands_out_of_line():
     counted = nvrtc.steady(LOOPS, "forward", [(2, 1)], 1)
-    assert counted == nvrtc.Steady(instructions=5.0, mufu=0.5, loads=1.0, stores=0.5, moves=0.5)
+    assert counted == nvrtc.Steady(instructions=5.0, mufu=0.5, loads=1.0, stores=0.5, moves=0.5, load_bits={"32": 1.0})
+
+
+def test_loads_are_told_apart_by_their_width():
+    """As the machine code names them, whatever stands behind the width; an address of 64 bits is none."""
+    text = LOOPS.replace("@P1 LDG.E R4", "@P1 LDG.E.U16.CONSTANT R4").replace("LDG.E.NA.CONSTANT", "LDG.E.64.CONSTANT")
+    assert nvrtc.steady(text, "forward", [(2, 1)], 1).load_bits == {"16": 0.5, "64": 0.5}
+    text = LOOPS.replace("@P1 LDG.E R4", "@P1 LDG.E.128 R4")
+    assert nvrtc.steady(text, "forward", [(2, 1)], 1).load_bits == {"32": 0.5, "128": 0.5}
+
+
+def test_all_instructions_of_a_kernel():
+    assert (nvrtc.instructions(LOOPS, "forward"), nvrtc.instructions(LOOPS, "other")) == (15, 1)
 
 
 def test_a_kernel_without_such_a_loop_is_refused():
