@@ -45,7 +45,8 @@ class NumPy:
             way = "pass one" if value is None or name.startswith("out") else f"pass numpy.asarray({name})"
             way = f"pass {name}.get()" if kind.__module__ == "cupy" else way  # NumPy converts none of these
             raise LibraryError(f"{function}: {name} must be an array (got {got}); {way}")
-        if isinstance(value, np.ma.MaskedArray):
+        # Looked for last, as the name alone imports a large module.
+        if type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray):
             raise LibraryError(
                 f"{function}: {name} must be a plain array (got a masked one, whose mask would be ignored); pass "
                 f"{name}.filled(...), and mask= or lengths= for padding"
