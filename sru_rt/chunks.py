@@ -51,11 +51,22 @@ def length(
     Raises:
         ArgumentError: SRU_RT_PLAN is not understood.
     """
-    L, B, D, d = sizes
-    if time_parallel is False or L < 2 or not B * D * d:
+    if time_parallel is False:
         return 0
-    chosen = plan.overrides().get("chunk", 0)
-    if not possible(variant.cell, forward):
+    return _length(variant, sizes, forward, time_parallel, device, plan.overrides().get("chunk", 0))
+
+
+@lru_cache(maxsize=4096)
+def _length(
+    variant: Variant,
+    sizes: tuple[int, int, int, int],
+    forward: bool,
+    time_parallel: bool | str,
+    device: Device,
+    chosen: int,
+) -> int:
+    L, B, D, d = sizes
+    if L < 2 or not B * D * d or not possible(variant.cell, forward):
         return 0
     task = _task(variant, forward, d)
     at = _MIDDLE * load(B * D * d, device)

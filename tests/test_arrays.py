@@ -261,7 +261,7 @@ try:
     sru_rt.sru_forward("text", **params)
 except sru_rt.errors.SruRtError:
     pass
-print([name for name in {(*FRAMEWORKS, 'numpy.ma')!r} if name in sys.modules])
+print([name for name in {(*FRAMEWORKS, "numpy.ma")!r} if name in sys.modules])
 """
 
 
