@@ -91,9 +91,10 @@ def _task(variant: Variant, forward: bool, d: int) -> Task:
 
 @lru_cache(maxsize=1024)
 def _best(task: Task, L: int, row: int, at: float, device: Device) -> int:
-    """The power of two that the model finds fastest, within limits; `row` is D*d."""
+    """The power of two that the model finds fastest, within limits and below L if there is one; `row` is D*d."""
     shortest = _fitting(L, _SHORTEST)
-    lengths = [n for k in range(31) if shortest <= (n := _SHORTEST << k) <= max(shortest, _LONGEST)]
+    longest = max(shortest, min(_LONGEST, L - 1))
+    lengths = [n for k in range(31) if shortest <= (n := _SHORTEST << k) <= longest]
     return min(lengths, key=lambda chunk: predict.together(in_chunks(task, L, chunk, row, at, device))[1])
 
 
