@@ -1,4 +1,4 @@
-"""The command line: `python -m sru_rt doctor` and `python -m sru_rt warm`."""
+"""The command line: `python -m sru_rt doctor`, `python -m sru_rt warm` and `python -m sru_rt bench`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .dtypes import IO_DTYPES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status, 2 for a command line that is not understood."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(measures=list(arguments[:1]) == ["bench"])
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -23,12 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import doctor
 
         return doctor.run(as_json=options.json)
+    if options.command == "bench":
+        from .bench import command
+
+        return command.run(options)
     from . import warm
 
     return warm.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(measures: bool) -> argparse.ArgumentParser:
+    """`measures`: with the options of bench, whose parts and contestants are imported for that."""
     parser = argparse.ArgumentParser("python -m sru_rt", description="Recurrences compiled at run time.")
     parser.add_argument("--version", action="version", version=f"sru_rt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -40,7 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="write the same as JSON")
     _add_warm(commands)
+    _add_bench(commands, measures)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], measures: bool) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure recurrences and layers beside copies, products and other libraries",
+        description="Measures recurrences and layers beside copies, matrix products and what is installed of other "
+        "libraries; compares results with float64 first, and gives no speed where they differ. Writes a file and a "
+        "table. Exit status 1 if a result is wrong or there is no GPU to measure, 2 if a file does not fit.",
+    )
+    if measures:
+        from .bench import command
+
+        command.add(bench)
 
 
 def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

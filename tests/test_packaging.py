@@ -239,9 +239,10 @@ def test_import_does_nothing(tmp_path):
         sys.addaudithook(watch)
         import sru_rt
         assert not seen, seen
-        frameworks = {"torch", "jax", "jaxlib", "cupy", "cupy_backends", "ml_dtypes", "tensorflow", "sru"}
+        frameworks = {"torch", "jax", "jaxlib", "cupy", "cupy_backends", "ml_dtypes", "tensorflow", "sru", "matplotlib"}
         loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
         assert not loaded & frameworks, loaded & frameworks
+        assert "sru_rt.bench" not in sys.modules
         open("written", "w").close()
         assert seen, "the watch does not see"
     """
