@@ -138,11 +138,11 @@ def test_a_copy_has_the_streams_of_its_pass(dtype: str) -> None:
 
 def test_sets_exceed_the_cache() -> None:
     clock = clocks.Clock()
-    assert clock.sets(1) == 1
+    assert clock.sets(0) == clock.sets(1) == 1
     clock.cache_bytes = 60 << 20
     n = clock.sets(2_000_000)
     assert n * 2_000_000 >= 4 * (60 << 20) > (n - 1) * 2_000_000
-    assert (clock.sets(1 << 30), clock.sets(1)) == (3, 256)
+    assert (clock.sets(100 << 20), clock.sets(1 << 30), clock.sets(1)) == (3, 1, 256)
 
 
 def test_default_cases_hold_the_targets_shapes() -> None:
@@ -235,7 +235,9 @@ def test_layers_agree_with_float64(gpu: Any, problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_a_group_is_prepared_and_timed(gpu: Any, ragged: bool) -> None:
+def test_a_group_is_prepared_and_timed(gpu: Any, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "LAUNCHES", 2)
+    monkeypatch.setattr(clocks, "HOST_CALLS", 2)
     problem = small("cell", "SRU", "bfloat16", ragged=ragged)
     planned = [row for row in rows.planned("cells", [problem], "gpu", 1) if row.contestant.process == "arrays"]
     assert {row.who for row in planned} == (
@@ -247,8 +249,8 @@ def test_a_group_is_prepared_and_timed(gpu: Any, ragged: bool) -> None:
     assert all(one["host_us"] > 0 and one["peak_mb"] == 0.001 for one in facts)
     assert {"plan" in one for row, one in zip(planned, facts) if row.who == "sru_rt"} == {True}
     samples = {row: child.block(i, 1e-4) for i, row in enumerate(planned)}
-    n = 21 if clocks.CuPyClock().sets(1 << 20) == 3 else 0
-    assert all(times and max(times) == pytest.approx(1e-4 / n) for row, times in samples.items() if row.who != "copy")
+    assert all(one["launched"] == "as a graph" for one in facts)
+    assert all(times and max(times) == pytest.approx(1e-4 / 2) for times in samples.values())
     found = rows.finished(samples, dict(zip(planned, facts)), "gpu", 32 << 20)
     assert all("value" in row for row in found if row["who"] != "copy" and not ragged)
 
@@ -288,23 +290,46 @@ def test_kernels_compile(dtype: str) -> None:
 
 def test_every_set_has_its_turn(gpu: Any) -> None:
     calls: list[int] = []
-    times = clocks.CuPyClock().block("row", [lambda i=i: calls.append(i) for i in range(3)], 3.1e-4)
-    assert calls == [0, 1, 2] * 8  # once to compile and load, then a graph of 21
-    assert times == pytest.approx([1e-4 / 21] * 3)
+    clock, three = clocks.CuPyClock(), [lambda i=i: calls.append(i) for i in range(3)]
+    found = clock.facts("row", three)
+    assert (found["launched"], found["peak_mb"]) == ("as a graph", 0.001) and found["host_us"] > 0
+    turns = [0, 0, *([0, 1, 2] * 14)]  # twice for its memory; to compile and load, then a graph of 21
+    assert calls[: len(turns)] == turns
+    del calls[:]
+    assert clock.block("row", three, 3.1e-4) == pytest.approx([1e-4 / 21] * 3)
+    assert calls == []
 
 
-def test_clock_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_launched_one_by_one(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any) -> Any:
+        raise RuntimeError("cudaErrorStreamCapture\nUnsupported")
+
+    monkeypatch.setattr(Stream, "end_capture", fails)
+    calls: list[int] = []
+    clock, one = clocks.CuPyClock(), [lambda: calls.append(0)]
+    how = clock.facts("row", one)["launched"]
+    assert how == "one by one, as a capture fails: cudaErrorStreamCapture Unsupported"
+    before = len(calls)
+    assert clock.block("row", one, 1e-4) == pytest.approx([1e-4 / 20])
+    assert len(calls) == before + 2 * 20
+
+
+def test_clock_of_pytorch() -> None:
     """What can be captured becomes a graph of many calls, what cannot is called as often."""
     torch, calls = fake_torch(), []
     clock = clocks.TorchClock.__new__(clocks.TorchClock)
     clocks._Gpu.__init__(clock)
     clock.torch = torch
     one = lambda: calls.append(0)  # noqa: E731  (it gets an attribute below)
+    assert clock.facts("captured", [one])["launched"] == "as a graph"
+    before = len(calls), torch.cuda.replays
     assert clock.block("captured", [one], 2e-4) == pytest.approx([1e-4 / 20] * 2)
-    assert (len(calls), torch.cuda.replays) == (40, 3)  # before the capture, and within
+    assert (len(calls), torch.cuda.replays) == (before[0], before[1] + 3)
     one.captures = False  # type: ignore[attr-defined]
+    assert clock.facts("eager", [one])["launched"] == "one by one"
+    before = len(calls), torch.cuda.replays
     clock.block("eager", [one], 2e-4)
-    assert (len(calls), torch.cuda.replays) == (40 + 3 * 20, 3)
+    assert (len(calls), torch.cuda.replays) == (before[0] + 3 * 20, before[1])
 
 
 def fake_torch() -> Any:
@@ -330,6 +355,10 @@ def fake_torch() -> Any:
         graph=lambda g: Context(),
         CUDAGraph=Graph,
         Event=lambda enable_timing: event,
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 0,
+        max_memory_allocated=lambda: 1000,
         replays=0,
     )
     return types.SimpleNamespace(cuda=cuda)

@@ -31,6 +31,8 @@ def prepare(rows: Sequence[Row], device: str) -> list[dict[str, Any]]:
     for cache in (_built, _checked):
         cache.cache_clear()
     warnings.filterwarnings("ignore", category=UserWarning)  # of other libraries, which say what they lack
+    for clock in _clocks:
+        clock.release()
     _clocks[:] = [clock_of(rows[0].contestant.process.split()[0], device)]
     threads = max(row.threads for row in rows)
     facts = []
@@ -52,7 +54,7 @@ def _made(row: Row, device: str, threads: int) -> tuple[dict[str, Any], Sequence
         if checked["fault"]:
             return checked, ()
         calls = _built(one, row.problem, device, threads).calls[row.which]
-        return checked | _clocks[0].facts(calls), calls
+        return checked | _clocks[0].facts(len(_calls), calls), calls
     except Exception as error:  # other libraries fail in many ways, and each is a reason to leave its rows out
         return {"fault": failure(row, error)}, ()
 

@@ -26,7 +26,7 @@ Call = Callable[[], Any]  # one that does its work several times has an attribut
 LEAST = 1e-3  # seconds of one sample on the CPU: shorter calls are made several times
 MOST_SAMPLES = 20  # of a block
 LAUNCHES = 20  # of a CUDA graph, at least
-HOST_CALLS = 100  # in a row, few enough that a GPU's queue takes them all
+HOST_CALLS, QUEUED = 100, 0.05  # calls in a row, and seconds of a GPU, few enough that its queue takes them all
 
 
 class Clock:
@@ -38,8 +38,11 @@ class Clock:
         self._last: dict[Hashable, float] = {}
 
     def sets(self, nbytes: int) -> int:
-        """How many sets of arrays to go through in turn, so that none is still in the cache when it is needed."""
-        return max(3, min(256, math.ceil(4 * self.cache_bytes / nbytes))) if self.cache_bytes else 1
+        """How many sets of arrays to go through in turn, so that none is still in the cache when it is needed; of
+        large ones the end throws out the beginning."""
+        if nbytes >= 8 * self.cache_bytes:
+            return 1
+        return max(3, min(256, math.ceil(4 * self.cache_bytes / nbytes)))
 
     def block(self, key: Hashable, calls: Sequence[Call], seconds: float) -> list[float]:
         """Seconds of one call, several times. One is not counted before, unless the last ones took over 1 s."""
@@ -63,7 +66,10 @@ class Clock:
     def wait(self, found: Any) -> None:
         """Until what a call gave is there."""
 
-    def facts(self, calls: Sequence[Call]) -> dict[str, Any]:
+    def release(self) -> None:
+        """Gives memory back that is free."""
+
+    def facts(self, key: Hashable, calls: Sequence[Call]) -> dict[str, Any]:
         """What is measured once: memory of a call beside its arguments, in MB."""
         peak = self.peak(calls[0])
         return {} if peak is None else {"peak_mb": round(peak / 1e6, 3)}
@@ -96,30 +102,48 @@ class _Gpu(Clock):
         self._replays: dict[Hashable, tuple[Callable[[], float], int]] = {}
 
     def block(self, key: Hashable, calls: Sequence[Call], seconds: float) -> list[float]:
-        if key not in self._replays:
-            n = len(calls) * -(-LAUNCHES // len(calls))
-            self._replays[key] = self._replay(calls, n), n
         replay, n = self._replays[key]
         first = replay()
         return [replay() / n for _ in range(min(max(int(seconds / max(first, 1e-6)), 1), MOST_SAMPLES))]
 
-    def facts(self, calls: Sequence[Call]) -> dict[str, Any]:
-        """Also microseconds of the host for a call, without waiting for the GPU."""
-        found, samples = super().facts(calls), []
+    def facts(self, key: Hashable, calls: Sequence[Call]) -> dict[str, Any]:
+        """Also whether calls could be captured, and microseconds of the host for one, without waiting for the GPU."""
+        found, samples = super().facts(key, calls), []
+        n = len(calls) * -(-LAUNCHES // len(calls))
+
+        def launch(n: int = n) -> None:
+            for i in range(n):
+                calls[i % len(calls)]()
+
+        replay, how = self._replay(launch, all(getattr(call, "captures", True) for call in calls))
+        self._replays[key] = replay, n
+        few = min(max(int(QUEUED * n / max(replay(), 1e-6)), 1), HOST_CALLS)
         for _ in range(5):
             self.synchronize()
             before = time.perf_counter()
-            for i in range(HOST_CALLS):
-                calls[i % len(calls)]()
-            samples.append((time.perf_counter() - before) / HOST_CALLS)
+            launch(few)
+            samples.append((time.perf_counter() - before) / few)
             self.synchronize()
-        return found | {"host_us": round(1e6 * statistics.median(samples), 2)}
+        return found | {"launched": how, "host_us": round(1e6 * statistics.median(samples), 2)}
 
     def synchronize(self) -> None:
         raise NotImplementedError
 
-    def _replay(self, calls: Sequence[Call], n: int) -> Callable[[], float]:
-        """Seconds of `n` calls, made in turn, as a graph if they can be captured."""
+    def _replay(self, launch: Call, captures: bool) -> tuple[Callable[[], float], str]:
+        """What takes the seconds of `launch`, as a graph if it can be captured, and how it launches."""
+        if captures:
+            try:
+                return functools.partial(self._timed, self._graph(launch)), "as a graph"
+            except RuntimeError as error:  # of the driver, by CuPy and PyTorch
+                how = f"one by one, as a capture fails: {' '.join(str(error).split())[:100]}"
+        else:
+            how = "one by one"
+        return functools.partial(self._timed, launch), how
+
+    def _graph(self, launch: Call) -> Call:
+        raise NotImplementedError
+
+    def _timed(self, launch: Call) -> float:
         raise NotImplementedError
 
 
@@ -131,6 +155,7 @@ class CuPyClock(_Gpu):
         self.cupy = importlib.import_module("cupy")
         properties = self.cupy.cuda.runtime.getDeviceProperties(self.cupy.cuda.get_device_id())
         self.cache_bytes = int(properties["l2CacheSize"])
+        self._stream = self.cupy.cuda.Stream(non_blocking=True)
 
     def synchronize(self) -> None:
         self.cupy.cuda.Device().synchronize()
@@ -143,32 +168,35 @@ class CuPyClock(_Gpu):
         call()
         return float(pool.total_bytes() - before)
 
-    def _replay(self, calls: Sequence[Call], n: int) -> Callable[[], float]:
-        cuda = self.cupy.cuda
-        stream = cuda.Stream(non_blocking=True)
+    def release(self) -> None:
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
+    def _graph(self, launch: Call) -> Call:
+        stream = self._stream
         self.synchronize()  # what was filled on another stream is there
         with stream:
-            for call in calls:
-                call()  # compiles, loads, and fills the pool of memory
+            launch()  # compiles, loads, and fills the pool of memory
             stream.synchronize()
             stream.begin_capture()
-            for i in range(n):
-                calls[i % len(calls)]()
-            graph = stream.end_capture()
+            try:
+                launch()
+            finally:
+                graph = stream.end_capture()
+        return functools.partial(graph.launch, stream)
 
-        def replay() -> float:
-            begin, end = cuda.Event(), cuda.Event()
+    def _timed(self, launch: Call) -> float:
+        cuda, stream = self.cupy.cuda, self._stream
+        begin, end = cuda.Event(), cuda.Event()
+        with stream:
             begin.record(stream)
-            graph.launch(stream)
+            launch()
             end.record(stream)
-            end.synchronize()
-            return 1e-3 * float(cuda.get_elapsed_time(begin, end))
-
-        return replay
+        end.synchronize()
+        return 1e-3 * float(cuda.get_elapsed_time(begin, end))
 
 
 class TorchClock(_Gpu):
-    """A GPU through PyTorch. Calls that say that they cannot be captured are launched one by one."""
+    """A GPU through PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,14 +214,8 @@ class TorchClock(_Gpu):
         call()
         return float(cuda.max_memory_allocated() - before)
 
-    def _replay(self, calls: Sequence[Call], n: int) -> Callable[[], float]:
-        def launch() -> None:
-            for i in range(n):
-                calls[i % len(calls)]()
-
-        if all(getattr(call, "captures", True) for call in calls):
-            launch = self._graph(launch)
-        return functools.partial(self._timed, launch)
+    def release(self) -> None:
+        self.torch.cuda.empty_cache()
 
     def _graph(self, launch: Call) -> Call:
         cuda = self.torch.cuda

@@ -68,8 +68,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         shapes=tuple(options.shape),
         peers=tuple(options.peer),
         threads=min(threads, 2) if options.threads is None else threads,
-        rounds=options.rounds or (1 if quick else 7),
-        seconds=0.03 if quick else 0.2,
+        rounds=options.rounds or (1 if quick else 7 if options.device == "cpu" else 3),
+        seconds=0.2 if options.device == "cpu" and not quick else 0.03,
         pause=0.02 if quick else 0.1 if options.device == "cpu" else 0.0,
         budget=options.budget or (QUICK_BUDGET / len(chosen) if quick else 450),
         quick=quick,
@@ -114,7 +114,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--out", type=Path, metavar="FILE", help="default: DEVICE-DATE.json in this folder")
     option("--resume", type=Path, metavar="FILE", help="add to FILE what is missing in it")
     option("--budget", type=float, metavar="S", help="seconds of a part (default: 450; with --quick, 100 of all)")
-    option("--rounds", type=int, metavar="N", help="blocks of each row (default: 7)")
+    option("--rounds", type=int, metavar="N", help="blocks of each row (default: 7 on the CPU, 3 on a GPU)")
     option("--threads", type=int, metavar="N", help="of sru_rt, BLAS and peers on the CPU (default: 2)")
     option("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "float64"), default=[], help="of x")
     option("--shape", nargs="+", type=_shape, default=[], metavar="L,B,d[,D]", help="in place of those of the parts")

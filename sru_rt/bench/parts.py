@@ -51,7 +51,7 @@ def _grid(lengths: Sequence[int], B: int, sizes: Sequence[int]) -> tuple[Shape, 
 
 PARTS = (
     Part("scan", "h = a*h + b alone, beside the scans of others", "scan", ("linear",), ON_CPU, ON_GPU),
-    Part("cells", "the recurrence of every cell, given U, beside copies", "cell", MOST, ON_CPU, ON_GPU),
+    Part("cells", "the recurrence of every cell, given U, beside copies", "cell", MOST, ON_CPU, ON_GPU[:4]),
     Part("layers", "layers with their products", "layer", ("SRU", "minGRU positive"), ON_CPU, ON_GPU[:3]),
     Part("train", "a step of gradient descent of a layer", "train", ("SRU",), ON_CPU, ON_GPU[:3]),
     Part(

@@ -100,7 +100,7 @@ def run(plan: Plan, report: Report, path: Path) -> Report:
         for found in measure(plan, rows, share, processes):
             replace(report, found)
             write(report, path)
-        if not plan.quick:  # what one group leaves in the heap is of no concern to the next
+        if plan.device == "cpu" and not plan.quick:  # what one group leaves in the heap must not help the next
             processes.end()
         print(f"{part} {rows[0].problem.dtype} {rows[0].problem.shape} done", file=sys.stderr)
     processes.end()

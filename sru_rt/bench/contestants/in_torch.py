@@ -25,7 +25,8 @@ class OursInTorch(OnTorch):
     process = "torch"
 
     def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
-        if problem.ragged or (problem.of_layers and problem.name not in ("SRU", "minGRU positive")):
+        few = problem.of_layers or device == "gpu"  # of which others take part
+        if problem.ragged or (few and problem.name not in ("linear", "SRU", "minGRU", "minGRU positive")):
             return ()
         return passes_of(problem, recurrence=APART_AND_BOTH, layer=APART_AND_BOTH)
 
