@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from sru_rt import memory
 from sru_rt.__main__ import main
 from sru_rt.bench import child, clocks, contestants, parts, problem, report, rows, runner
-from sru_rt.bench.contest import Contestant, Place
+from sru_rt.bench.contest import Contestant, LeftOut, Place
 from sru_rt.bench.contestants import BY_NAME, in_arrays
 from sru_rt.bench.problem import BACKWARD, BOTH, FORWARD, Problem, errors, fault, reference
 from sru_rt.bench.rows import Row
@@ -94,6 +95,54 @@ def test_every_row_has_the_row_that_it_is_held_against() -> None:
                     if against and against.who in names:
                         assert rows._key(row, against.who, against.which, against.problem) in keys, row
                 assert len({runner._key(rows.described(row)) for row in planned}) == len(planned)
+
+
+def loop(gates: Any, tokens: Any, time: int) -> Any:
+    """h = gates*h + tokens along an axis."""
+    torch = importlib.import_module("torch")
+    h, steps = torch.zeros_like(tokens.select(time, 0)), []
+    for t in range(tokens.shape[time]):
+        h = gates.select(time, t) * h + tokens.select(time, t)
+        steps.append(h)
+    return torch.stack(steps, time)
+
+
+@pytest.mark.parametrize("who", ["accelerated-scan, warp", "accelerated-scan, scalar"])
+def test_arrays_of_accelerated_scan(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    """(B, d, L), gates before tokens. The library itself needs a GPU."""
+    pytest.importorskip("torch", reason="needs PyTorch")
+    for module in ("warp", "scalar"):
+        stand_in = types.SimpleNamespace(scan=lambda gates, tokens: loop(gates, tokens, 2))
+        monkeypatch.setitem(sys.modules, f"accelerated_scan.{module}", stand_in)
+    what = tiny("scan", "linear", L=32)
+    built = BY_NAME[who].build(what, HERE)
+    assert fault(what, errors(built.results(), built.expected)) == ""
+    if who.endswith("warp"):
+        with pytest.raises(LeftOut, match="powers of two"):
+            BY_NAME[who].build(what._replace(L=33), HERE)
+
+
+@pytest.mark.parametrize("kind", ["fused_recurrent_hgrn", "chunk_hgrn"])
+def test_arrays_of_fla(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """(B, L, d), tokens before the logarithms of gates. The library itself needs a GPU."""
+    pytest.importorskip("torch", reason="needs PyTorch")
+    stand_in = types.SimpleNamespace(**{kind: lambda x, g: (loop(g.exp(), x, 1), None)})
+    monkeypatch.setitem(sys.modules, "fla.ops.hgrn", stand_in)
+    what = tiny("scan", "linear")
+    built = BY_NAME[f"fla, {kind}"].build(what, HERE)
+    differences = errors(built.results(), built.expected)
+    assert "dg" in differences and fault(what, differences) == ""
+
+
+def test_sru_without_its_cuda_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute nothing, and say so in a warning alone."""
+    pytest.importorskip("torch", reason="needs PyTorch")
+    from sru_rt.bench.contestants import sru, tensors
+
+    monkeypatch.setattr(tensors, "device", lambda: "cuda")
+    monkeypatch.setattr(sru, "_imported", lambda: (None, "no nvcc"))
+    with pytest.raises(LeftOut, match=r"its CUDA code does not build with torch .*: no nvcc"):
+        BY_NAME["sru"].made(importlib.import_module("torch"), tiny("cell", "SRU"))
 
 
 def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +274,7 @@ def test_memory_of_a_call() -> None:
     def call() -> None:
         memory.empty((64 << 20,), np.dtype(np.uint8))[...] = 1
 
-    memory.empty((64 << 20,), np.dtype(np.uint8))  # is kept for the next array, and is not to hide it
+    call()  # its memory is kept for the next array, and is not to hide it
     peak = clocks.Clock().peak(call)
     assert peak is not None and 60 << 20 < peak < 80 << 20
 
@@ -270,7 +319,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contestants, "ALL", tuple(one for one in contestants.ALL if one.process == "arrays"))
 
 
-def test_a_run_goes_on_where_it_was_cut_off(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after_a_round", [False, True])
+def test_a_run_goes_on_where_it_was_cut_off(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_a_round: bool
+) -> None:
     path = tmp_path / "new" / "results.json"
     first = runner.run(PLAN, runner.new_report(PLAN), path)
     whole = report.read(path)
@@ -279,9 +331,10 @@ def test_a_run_goes_on_where_it_was_cut_off(here: None, tmp_path: Path, monkeypa
     assert all(row["fault"] == "" and row["median_ms"] > 0 and row["whole"] for row in whole["rows"])
 
     cut = whole | {"rows": [dict(row) for row in whole["rows"]]}
-    ragged = [row for row in cut["rows"] if row["part"] == "ragged"]
-    ragged[0]["whole"] = False  # as after a round
-    del cut["rows"][-1]
+    if after_a_round:
+        cut["rows"][-1]["whole"] = False
+    else:
+        del cut["rows"][-1]
     runner.write(cut, path)
     measured: list[str] = []
     measure = runner.measure

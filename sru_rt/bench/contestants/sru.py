@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -33,24 +34,26 @@ class Sru(OnTorch):
     def made(self, torch: Any, problem: Problem) -> Any:
         if problem.dtype == "bfloat16":
             raise LeftOut("it has no bfloat16")
-        make = _imported(torch).SRUCell
+        module, failed = _imported()
+        if tensors.device() == "cuda" and failed:
+            raise LeftOut(f"its CUDA code does not build with torch {torch.__version__}: {failed}")
+        make = module.SRUCell
         subject: Any = sru_like(make, problem) if problem.of_layers else _cell(torch, make, problem)
         for call in subject.calls.values():  # it launches on the legacy stream
             call.captures = False
         return subject
 
 
-def _imported(torch: Any) -> Any:
-    """The package, which builds its C++ code now, and says in a warning alone that its CUDA code does not build."""
+@functools.cache
+def _imported() -> tuple[Any, str]:
+    """The package, which builds its C++ code now, and says in a warning alone why its CUDA code does not build."""
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # for ninja
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         module = importlib.import_module("sru")
         failed = next((str(w.message) for w in found if "CUDA kernels of SRU" in str(w.message)), "")
     warnings.filterwarnings("ignore", module=r"sru\.")  # it minds gradients on the CPU
-    if tensors.device() == "cuda" and failed:
-        raise LeftOut(f"its CUDA code does not build with torch {torch.__version__}: {failed.splitlines()[-1]}")
-    return module
+    return module, failed.strip().rpartition("\n")[2]
 
 
 def _cell(torch: Any, make: Any, problem: Problem) -> Subject:
