@@ -49,6 +49,7 @@ class Contestant:
     needs: tuple[str, ...] = ()  # modules
     only = ""  # gpu, where there is no other
     slack = 1.0  # how much farther than our own results its may be from float64
+    stacks = False  # several layers
     divides_work = False  # among the threads of a place, of itself
     command = ""  # what installs it; its own name by default
 

@@ -28,15 +28,16 @@ class Part(NamedTuple):
     cells: tuple[str, ...]
     cpu: tuple[Shape, ...]
     gpu: tuple[Shape, ...]
+    layers: tuple[int, ...] = (1,)
     ragged: bool = False  # also with lengths of which half is padding
 
     def groups(self, device: str, dtypes: Sequence[str], shapes: Sequence[Shape]) -> Iterator[list[Problem]]:
         """Those of a group are measured in the same rounds: all cells of a shape on the CPU, one on a GPU."""
         for dtype in dtypes or DTYPES[device]:
             for shape in shapes or (self.cpu if device == "cpu" else self.gpu):
-                kinds = (False, True) if self.ragged else (False,)
+                kinds = [(False, n) for n in self.layers] + ([(True, 1)] if self.ragged else [])
                 sizes = _sizes(shape)
-                found = [[Problem(self.level, n, dtype, *sizes, ragged) for ragged in kinds] for n in self.cells]
+                found = [[Problem(self.level, n, dtype, *sizes, *kind) for kind in kinds] for n in self.cells]
                 yield from [list(itertools.chain(*found))] if device == "cpu" else found
 
 
@@ -95,6 +96,7 @@ PARTS = (
         ("SRU", "minGRU positive"),
         _grid((1,), 1, (512, 1024)) + _grid((1,), 64, (512,)),
         tuple((1, B, 1024) for B in (1, 8, 64)),
+        layers=(1, 6),
     ),
     Part("overhead", "next to nothing to compute: what a call costs", "cell", ("SRU",), ((2, 1, 4),), ((2, 1, 4),)),
 )  # fmt: skip
@@ -158,6 +160,8 @@ def most_us(problem: Problem, who: str, which: str, device: str, copy_rate: floa
     """The most microseconds that a row should take on a GPU; `copy_rate` is bytes a second."""
     if device == "cpu" or who != "sru_rt" or problem.D > 1 or problem.ragged:
         return None
+    if problem.layers > 1:
+        return 15.0 if problem[1:] == ("SRU", "bfloat16", 1, 1, 1024, 1, False, 6) else None
     named = _MOST_US.get((problem.level, problem.name, problem.dtype, (problem.L, problem.B, problem.d), which))
     if named or problem.level != "cell" or moved(problem, which) >= ENOUGH_BYTES or not copy_rate:
         return named

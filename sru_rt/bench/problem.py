@@ -107,7 +107,7 @@ CELLS = {
 
 
 class Problem(NamedTuple):
-    """What all contestants compute, and are compared on. Half of a ragged one is padding."""
+    """What all contestants compute, and are compared on. Half of a ragged one is padding; layers are of one token."""
 
     level: str
     name: str
@@ -117,6 +117,7 @@ class Problem(NamedTuple):
     d: int
     D: int = 1
     ragged: bool = False
+    layers: int = 1
 
     @property
     def cell(self) -> Cell:
@@ -141,8 +142,8 @@ class Problem(NamedTuple):
 
     @property
     def shape(self) -> str:
-        directions = f", D={self.D}" if self.D > 1 else ""
-        return f"({self.L}, {self.B}, {self.d}{directions}{', ragged' if self.ragged else ''})"
+        more = (f", D={self.D}" if self.D > 1 else "") + (", ragged" if self.ragged else "")
+        return f"({self.L}, {self.B}, {self.d}{more}{f', {self.layers} layers' if self.layers > 1 else ''})"
 
     @property
     def of_layers(self) -> bool:
@@ -204,16 +205,23 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[An
 @functools.lru_cache(maxsize=2)
 def reference(problem: Problem) -> Mapping[str, NDArray]:
     """Results in float64: those of the library's NumPy path, which the tests hold to loops written from the papers."""
-    arrays = {n: a if n == "lengths" else a.astype(np.float64) for n, a in given(problem).items()}
+    arrays = _wide(given(problem))
     dh, cell = arrays.pop("dh"), problem.cell
     function = cell.layer if problem.of_layers else cell.recurrence
     with setting("SRU_RT_CPU", "numpy"):
         h, last, saved = function(**arrays, **cell.options, save=True)
+        for upper in range(1, problem.layers):
+            parameters = {n: a for n, a in _wide(given(problem, upper)).items() if n not in ("x", "dh")}
+            h, last, saved = function(h, **parameters, **cell.options, save=True)
         if problem.level == "train":
             gradients = cell.backward(saved, (h - dh) / (problem.L * problem.B))
             return {name: arrays[name] - RATE * getattr(gradients, name) for name in ("weight", *cell.params)}
         gradients = cell.backward(saved, dh)
     return {"h": h, "last": last} | {f"d{name}": getattr(gradients, name) for name in arrays if name != "lengths"}
+
+
+def _wide(arrays: Arrays) -> Arrays:
+    return {n: a if n == "lengths" else a.astype(np.float64) for n, a in arrays.items()}
 
 
 def errors(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) -> dict[str, float]:

@@ -103,6 +103,7 @@ def ratio(row: Mapping[str, Any]) -> str:
 def shape(row: Mapping[str, Any]) -> str:
     """As it stands in tables."""
     more = (f", D={row['D']}" if row.get("D", 1) > 1 else "") + (", ragged" if row.get("ragged") else "")
+    more += f", {row['layers']} layers" if row.get("layers", 1) > 1 else ""
     return f"({', '.join(map(str, row['shape']))}{more})"
 
 

@@ -40,7 +40,7 @@ def planned(part: str, group: Sequence[Problem], device: str, threads: int, who:
         if who and "peers" in one.process and one.name not in who:
             continue
         for problem in group:
-            passes = one.passes(problem, device)
+            passes = one.passes(problem, device) if one.stacks or problem.layers == 1 else ()
             for which in (ALL_PASSES,) * bool(passes) if missing else passes:
                 several = {1, threads} if one.name in AT_ONE_THREAD_TOO and device == "cpu" else {threads}
                 for n in sorted(several if not problem.of_layers else {threads}):
@@ -64,6 +64,7 @@ def described(row: Row) -> dict[str, Any]:
         "dtype": problem.dtype,
     }
     about |= {"shape": [problem.L, problem.B, problem.d], "D": problem.D, "ragged": problem.ragged}
+    about |= {"layers": problem.layers}
     return about | {"who": row.who, "pass": row.which, "threads": row.threads, "work": work, "unit": unit}
 
 

@@ -178,7 +178,7 @@ def _prepared(
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("part", "label", "dtype", "shape", "D", "ragged", "threads")
+    names = ("part", "label", "dtype", "shape", "D", "ragged", "layers", "threads")
     return tuple(str(row.get(name)) for name in names)
 
 

@@ -6,7 +6,7 @@ from ..contest import Contestant
 from .accelerated_scan import Scalar, Warp
 from .copies import Copy, MatchedCopy
 from .fla import Chunked, Recurrent
-from .in_arrays import Ours, Products
+from .in_arrays import Ours, Prepared, Products
 from .in_jax import OursInJax, ProductsOfJax, Recomputing
 from .in_torch import OursInTorch, ProductsOfTorch
 from .jax_scans import AssociativeScan, Scan
@@ -22,6 +22,7 @@ ALL: tuple[Contestant, ...] = (
     MatchedCopy(),
     Products(),
     Ours(),
+    Prepared(),
     Naive(),
     ProductsOfTorch(),
     OursInTorch(),

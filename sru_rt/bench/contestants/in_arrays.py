@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+import sru_rt
+
 from ... import on_cupy
 from ...calls import Call
 from ...dtypes import state_dtype, to_numpy
@@ -20,6 +22,7 @@ from ..contest import APART, APART_AND_BOTH, RECOMPUTED, Against, Built, Contest
 from ..problem import BACKWARD, BACKWARD_32, BOTH, FORWARD, RATE, SAVE, SAVE_32, STEP, Problem, given, moved
 
 NAME = "sru_rt"
+SMALL_ELEMENTS = 1 << 18  # of h, beside which what a call costs can be seen
 
 
 def plan_of(problem: Problem, which: str, gpu: Device) -> str:
@@ -39,10 +42,15 @@ def library_of(device: str) -> Library:
     return on_cupy.library(cupy, cupy.cuda.get_device_id())
 
 
+def library_arrays(arrays: dict[str, Any], library: Library) -> dict[str, Any]:
+    """Arrays of NumPy as those of a library."""
+    return {name: library.from_host(array) for name, array in arrays.items()}
+
+
 def sets_of(problem: Problem, place: Place, library: Library) -> list[dict[str, Any]]:
     """As many copies of the arrays of a problem as the place wants."""
     on_host = given(problem)
-    first = {name: library.from_host(array) for name, array in on_host.items()}
+    first = library_arrays(on_host, library)
     n = place.sets(sum(array.nbytes for array in on_host.values()))
     return [first, *({name: array.copy() for name, array in first.items()} for _ in range(n - 1))]
 
@@ -67,6 +75,7 @@ class Ours(Contestant):
 
     name = NAME
     process = "arrays"
+    stacks = True
 
     def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
         more = RECOMPUTED if device == "gpu" and problem.L > 32 else ()
@@ -75,6 +84,8 @@ class Ours(Contestant):
     def against(self, problem: Problem, which: str, device: str) -> Against | None:
         if problem.ragged:
             return Against(NAME, which, "x faster than", problem._replace(ragged=False))
+        if problem.layers > 1:
+            return None
         if problem.of_layers:
             product = {FORWARD: FORWARD, SAVE: FORWARD, BACKWARD: BACKWARD}.get(which, BOTH)
             return Against("products", product, "x")
@@ -140,11 +151,19 @@ def _layer(problem: Problem, arrays: dict[str, Any], library: Library, passes: _
     arrays = dict(arrays)
     dh, cell = arrays.pop("dh"), problem.cell
     if problem.L == 1:
-        token = arrays | {"x": arrays["x"][0]}
+        token = arrays.pop("x")[0]
+        above = [library_arrays(given(problem, upper), library) for upper in range(1, problem.layers)]
         state = library.xp.zeros((problem.D, problem.B, problem.d), to_numpy(state_dtype(problem.dtype)))
         name = next(array.name for array in cell.core.arrays if array.kind == "state").removesuffix("0")
-        step = partial(cell.step, **token, **{name: state}, **cell.options)
-        return {FORWARD: fresh(lambda: [array.reshape((-1, *array.shape[-2:])) for array in step()], library)}
+        layers = [arrays, *({n: a for n, a in one.items() if n not in ("x", "dh")} for one in above)]
+
+        def step() -> Any:
+            h = token
+            for parameters in layers:
+                h, last = cell.step(h, **parameters, **{name: state}, **cell.options)
+            return h.reshape((1, *h.shape)), last
+
+        return {FORWARD: fresh(step, library)}
     forward = partial(cell.layer, **arrays, **cell.options)
 
     def both() -> Any:
@@ -169,6 +188,31 @@ def _train(problem: Problem, arrays: dict[str, Any], library: Library, passes: _
         return {name: arrays[name] for name in names}
 
     return {STEP: step}
+
+
+class Prepared(Ours):
+    """Small forwards that `sru_rt.prepare` has made ready."""
+
+    name = f"{NAME}, prepared"
+    stacks = False
+
+    def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
+        small = problem.elements <= SMALL_ELEMENTS and not problem.ragged
+        return (FORWARD,) if small and problem.level in ("cell", "layer") else ()
+
+    def build(self, problem: Problem, place: Place) -> Built:
+        library, cell = library_of(place.device), problem.cell
+        function = cell.layer if problem.of_layers else cell.recurrence
+        calls = []
+        for arrays in sets_of(problem, place, library):
+            del arrays["dh"]
+            calls.append(sru_rt.prepare(function, **arrays, **cell.options))
+
+        def results() -> dict[str, Any]:
+            calls[0].run()
+            return {name: np.array(library.to_host(a)) for name, a in zip(("h", "last"), calls[0].results)}
+
+        return Built({FORWARD: [call.run for call in calls]}, results)
 
 
 class Products(Contestant):

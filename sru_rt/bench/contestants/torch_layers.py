@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..contest import APART_AND_BOTH, passes_of
+from ..contest import APART_AND_BOTH, Against, passes_of
 from ..problem import Problem, given
 from . import tensors
+from .in_arrays import NAME as OURS
 from .in_torch import of_module
-from .tensors import OnTorch, Subject, Training
+from .tensors import NAME, OnTorch, Subject, Training
 
 
 class _Layer(OnTorch):
@@ -65,10 +66,14 @@ class LSTM(_Layer):
     """cuDNN's on a GPU."""
 
     name = "torch.nn.LSTM"
+    stacks = True
+
+    def against(self, problem: Problem, which: str, device: str) -> Against | None:
+        return Against(OURS if problem.layers > 1 else NAME, which, "x the time of")
 
     def module(self, torch: Any, problem: Problem) -> Any:
         kind = getattr(torch.nn, self.name.rpartition(".")[2])
-        return kind(problem.width, problem.d, bidirectional=problem.D == 2)
+        return kind(problem.width, problem.d, num_layers=problem.layers, bidirectional=problem.D == 2)
 
 
 class GRU(LSTM):
