@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return warm.run(options)
 
 
-def _parser(measures: bool) -> argparse.ArgumentParser:
+def _parser(measures: bool = False) -> argparse.ArgumentParser:
     """`measures`: with the options of bench, whose parts and contestants are imported for that."""
     parser = argparse.ArgumentParser("python -m sru_rt", description="Recurrences compiled at run time.")
     parser.add_argument("--version", action="version", version=f"sru_rt {__version__}")

@@ -508,6 +508,15 @@ def test_targets() -> None:
     assert target(cell._replace(L=512, B=16, d=1024), "lax.scan", BOTH) == 3.0
 
 
+def test_a_list_imports_no_other_library() -> None:
+    program = (
+        "import sys\nfrom sru_rt.__main__ import main\nassert main(['bench', '--list', '--device', 'gpu']) == 0\n"
+        "sys.exit(str({'cupy', 'torch', 'jax', 'matplotlib', 'sru', 'fla'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+
+
 def test_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "--part", "scan", "decode", "--peer", "lax.scan", "--threads", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
