@@ -1,8 +1,8 @@
 """What the model of sru_rt/predict.py says of a GPU, beside what was measured on one. Needs no GPU.
 
-python benchmarks/model.py                          # an H200, the shapes of gpu_recurrence.py
+python benchmarks/model.py                          # an H200, the shapes of the targets
 python benchmarks/model.py --gpu L4 --cell mingru
-python benchmarks/model.py --measured FILE          # of gpu_recurrence.py: largest differences first
+python benchmarks/model.py --measured FILE          # of `sru_rt bench --device gpu`: largest differences first
 python benchmarks/model.py --targets                # writes the table of docs/performance.md
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sru_rt import chunks, machine, plan, predict
+from sru_rt.bench import problem as bench
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
 from sru_rt.choose import Task
@@ -113,15 +114,15 @@ def row(case: Case, card: Machine, measured: float | None = None) -> Row:
 
 
 def read(path: Path) -> dict[Case, float]:
-    """Microseconds of what a report of gpu_recurrence.py measured with cold caches, padding left out."""
+    """Microseconds of what the bench measured of our recurrences, padding left out."""
     found = {}
     labels = {Case("", "", 0, 0, 0, 0, *which).label: which for which in PASSES}
     for one in json.loads(path.read_text())["rows"]:
-        shape = one["shape"]
-        if "cold" in one and one["cell"] in CELLS and one["pass"] in labels and not shape["ragged"]:
-            sizes = (shape[axis] for axis in ("L", "B", "d", "D"))
-            case = Case(one["cell"], one["dtype"], *sizes, *labels[one["pass"]], time_parallel=False)
-            found[case] = one["cold"]["median_us"]
+        which = labels.get("backward, save=True" if one["pass"] == "backward" else one["pass"])
+        cell = bench.CELLS[one["cell"]].core.name
+        ours = one["who"] == "sru_rt" and one["level"] == "cell" and not one["ragged"]
+        if ours and which and cell in CELLS and "median_ms" in one:
+            found[Case(cell, one["dtype"], *one["shape"], one["D"], *which)] = 1e3 * one["median_ms"]
     return found
 
 
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--gpu", type=lambda name: name.lower().replace(" ", ""), choices=names, default=names[0])
     option("--cell", nargs="+", choices=CELLS, default=["sru", "sru_no_v", "qrnn", "mingru", "minlstm"])
     option("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    option("--measured", type=Path, metavar="FILE", help="a report of gpu_recurrence.py on that GPU")
+    option("--measured", type=Path, metavar="FILE", help="what `python -m sru_rt bench` wrote on that GPU")
     option("--targets", action="store_true", help="write the table of docs/performance.md")
     args = parser.parse_args(argv)
     card = machine.named(args.gpu)

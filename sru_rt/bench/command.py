@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import SruRtError
-from ..plan import Device
+from ..machine import Device
 from . import contestants, parts, record, report, runner
 from .contestants.in_arrays import NAME, plan_of
 from .problem import moved

@@ -15,8 +15,8 @@ from ... import on_cupy
 from ...calls import Call
 from ...dtypes import state_dtype, to_numpy
 from ...library import Library
+from ...machine import Device
 from ...on_numpy import NUMPY
-from ...plan import Device
 from ..clocks import Call as Timed
 from ..contest import APART, APART_AND_BOTH, RECOMPUTED, Against, Built, Contestant, Place, passes_of
 from ..problem import BACKWARD, BACKWARD_32, BOTH, FORWARD, RATE, SAVE, SAVE_32, STEP, Problem, given, moved
