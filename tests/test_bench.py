@@ -65,7 +65,10 @@ def test_every_contestant_agrees_with_float64(one: Contestant) -> None:
                 tiny(level, name, D=2),
                 tiny(level, name, L=1),
                 tiny(level, name, L=1, layers=3),
+                tiny(level, name, L=2, B=1, d=4),  # next to nothing, which some alone do
             ):
+                if what.L == 2 and done:
+                    continue
                 wanted = one.passes(what, "cpu") if what.layers == 1 or (one.stacks and level == "layer") else ()
                 if not wanted:
                     continue

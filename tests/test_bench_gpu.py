@@ -96,8 +96,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def forget() -> None:
     for one in (copies.function, child._built, child._checked, reference):
         one.cache_clear()
-    child._rows.clear()
-    child._calls.clear()
+    for memory in (child._rows, child._calls, child._clocks):
+        memory.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
