@@ -83,8 +83,8 @@ struct GpuSweep {
     for (int i = 0; i < width; i++) p[i] = x.v[i];
   }
 
-  // Where rows are that one chunk of time leaves to another: see gpu_scan.h.
-  static constexpr int carry_rows = Cell::n_state * (Cell::n_state + 1);
+  // Where rows are that one chunk of time leaves to another: see gpu_scan.h and gpu_shoot.h.
+  static constexpr int carry_rows = Cell::n_state * (Plan::shoots ? 3 : Cell::n_state + 1);
   SRU_FN acc *carry(const Given &a, const Part &at, int q, index_t chunk, int i) {
     return (acc *)a.carry + ((chunk * carry_rows + i) * batch(a) * Plan::D + at.row(q)) * Plan::d + at.j;
   }
@@ -179,8 +179,8 @@ struct GpuSweep {
   // Calls work.take(row, k) for n rows in turn, which are read `depth` rows ahead. k counts from the last call of
   // work.advance() on. The ring is only ever indexed by constants, so that it stays in registers. The way out before
   // each step also keeps the assembler from gathering the loads of a whole lap at its top, which took twice the
-  // registers.
-  template <int depth, class From, class Work>
+  // registers. With `may_stop` it ends after the row with which work.stopped becomes true.
+  template <int depth, bool may_stop = false, class From, class Work>
   SRU_FN void sweep(From &from, index_t n, Work &work) {
     decltype(from.read(0)) ring[depth];
     int left = int(n);
@@ -192,6 +192,8 @@ struct GpuSweep {
       for (int k = 0; k < depth; k++) {
         if (k >= left) return;
         work.take(ring[k], k);
+        if constexpr (may_stop)
+          if (work.stopped) return;
         if (k + depth < left) ring[k] = from.read(k + depth);
       }
       from.advance(depth);
@@ -215,7 +217,8 @@ struct GpuSweep {
     if (row.padded) *h = real(0);
   }
 
-  // Copies of the state for the backward, before steps 0, every, 2*every, ... of a span.
+  // Copies of the state for the backward, before steps 0, every, 2*every, ... of a span; where Plan::shoots, of the
+  // direction, as chunks then begin with the very state that the steps before them lead to.
   struct Keeper {
     Saved *to[Cell::n_state];  // the next copy; where Plan::keep is 1, that of the first step of a lap
     index_t rows;
@@ -225,7 +228,9 @@ struct GpuSweep {
     SRU_MEMBER Keeper(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) : left(0) {
       rows = batch(f.given) * Plan::D * Plan::d;
       every = Plan::keep == 1 ? 1 : int(f.given.every);
-      const index_t before = Plan::parallel && Plan::keep ? span.chunk * pieces(f.given.chunk, every) : 0;
+      index_t before = 0;
+      if (Plan::parallel && Plan::keep) before = span.chunk * pieces(f.given.chunk, every);
+      if (Plan::shoots && Plan::keep) before = pieces(span.from, every), left = int(before * every - span.from);
       for (int i = 0; Plan::keep && i < Cell::n_state; i++)
         to[i] = (Saved *)f.saved[i] + before * rows + at.row(reverse) * Plan::d + at.j;
     }
@@ -296,27 +301,42 @@ struct GpuSweep {
       initial_state(a, at, reverse, state);
   }
 
+  // What begins a span, with whatever there is in `state`.
+  template <bool reverse>
+  SRU_FN Forward forward_work(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
+                              const Fixed &fixed, Keeper &keep) {
+    const index_t rows = batch(f.given) * Plan::D * Plan::d, first = span.time(span.begin);
+    return {fixed, keep, (Io *)f.h + (first * rows + at.row(reverse) * Plan::d + at.j), reverse ? -rows : rows};
+  }
+
+  // Takes work.state over a span, unless work.stopped becomes true on the way, and writes zeros for padding.
+  template <int depth, bool may_stop = false, bool reverse, class Work>
+  SRU_FN void forward_span(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, Work &work) {
+    const index_t n = span.end - span.begin, rows = batch(f.given) * Plan::D * Plan::d;
+    if (reverse) work.keep.skip(work.state, int(span.begin - span.from));
+    Reader<reverse, !reverse> from(f.given, at, span.time(span.begin));
+    sweep<depth, may_stop>(from, n, work);
+    if constexpr (may_stop)
+      if (work.stopped) return;
+    if (!reverse) {
+      work.keep.advance(n % depth);  // of the last lap
+      work.keep.skip(work.state, int(span.to - span.end));
+    }
+    Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
+    for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
+  }
+
   template <bool reverse>
   SRU_FN void forward_direction(const ForwardArguments<Cell> &f) {
     const Given &a = f.given;
     const Part at(a);
     if (at.idle) return;
     const Span<reverse> span(a, at, blockIdx.z);
-    const index_t first = span.time(span.begin), rows = batch(a) * Plan::D * Plan::d;
-    Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
     const Fixed fixed(a, at, reverse);
     Keeper keep(f, at, span);
-    Forward work = {fixed, keep, h + first * rows, reverse ? -rows : rows};
+    Forward work = forward_work(f, at, span, fixed, keep);
     start_state(a, at, span, work.state);
-    if (reverse) keep.skip(work.state, int(span.begin - span.from));
-    Reader<reverse, !reverse> from(a, at, first);
-    const index_t n = span.end - span.begin;
-    sweep<Plan::depth>(from, n, work);
-    if (!reverse) {
-      keep.advance(n % Plan::depth);  // of the last lap
-      keep.skip(work.state, int(span.to - span.end));
-    }
-    for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
+    forward_span<Plan::depth>(f, at, span, work);
     if (!span.is_last()) return;
     for (int i = 0; i < Cell::n_state; i++)
       write_each((acc *)f.c_last[i] + state_offset(a, at, reverse), work.state[i]);

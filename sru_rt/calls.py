@@ -96,7 +96,7 @@ class Call:
             dper_sequence=(),
             dparams=(),
             dc0=(),
-            saved_chunk=_CHUNK * cut[0],
+            saved_chunk=chunks.counted_in(self.cell, _CHUNK * cut[0]),
         )
 
     def _given(self, B: int, cut: bool) -> abi.Given:

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from . import costs, predict
+from .cell import Cell
 from .dtypes import state_dtype
 from .machine import SCHEDULERS, Device, Machine, usual
 from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
@@ -24,7 +25,10 @@ SHARED_BYTES = 48 << 10  # of one block, on every architecture
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
 _RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
-_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48}
+_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48, "settle": 96}
+# Steps by which a chunk of time begins earlier where it has to guess a state, for each byte of a number of the state:
+# 256 in float32. After them SRUs with |v| up to 1.22 and forget biases up to 2 have forgotten all bits of a wrong one.
+_WARM_UP = 64
 # Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring that
 # is too deep costs less than one that is not deep enough.
 _CAUTION = 1.5
@@ -56,6 +60,11 @@ class Task(NamedTuple):
         return "forward" if self.forward else "from pieces" if self.every > 1 else "backward"
 
     @property
+    def shoots(self) -> bool:
+        """Whether chunks guess the state that they begin with."""
+        return self.parallel and shoots(self.variant.cell, self.forward)
+
+    @property
     def block(self) -> int:
         """Channels of the largest block."""
         return shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
@@ -83,6 +92,16 @@ class Choice(NamedTuple):
             threads=self.threads,
             shared=states,
         )
+
+
+def shoots(cell: Cell, forward: bool) -> bool:
+    """Whether chunks of time have to guess the state that they begin with, as steps of a forward do not compose."""
+    return forward and not (cell.affine and cell.formula.jacobian)
+
+
+def warm_up(variant: Variant) -> int:
+    """Steps that a chunk makes its guess of."""
+    return _WARM_UP * ITEMSIZE[state_dtype(variant.dtype)]
 
 
 def load(channels: int, device: Device) -> float:
@@ -169,6 +188,8 @@ def _read(task: Task) -> Sequence[int]:
 
 
 def _replays(task: Task, width: int) -> Sequence[int]:
+    if task.shoots:  # few threads settle chunks, as many as a sequential kernel has: as deep as registers allow
+        return (max(_depths(task, "settle", _read(task), width)),)
     used = task.sweep == "from pieces"
     return _depths(task, "replay", replayed(task.variant), width) if used else (1,)
 
@@ -177,11 +198,14 @@ def _reductions(task: Task, width: int) -> Sequence[int]:
     if not task.parallel:
         return (1,)
     recomputes = task.sweep == "from pieces" and reduction_reads_state(task.variant.cell)
-    sizes = reduced(task.variant, task.forward, min(task.every, 2))
+    variant = task.variant
+    sizes = replayed(variant) if task.shoots else reduced(variant, task.forward, min(task.every, 2))
     return _depths(task, "from pieces" if recomputes else "reduce", sizes, width)
 
 
 def _summaries(task: Task, choice: Choice, depth: int) -> predict.Kernel:
+    if task.shoots:
+        return costs.guesses(task.variant, width=choice.width, depth=depth, threads=choice.threads)
     return costs.summaries(task.variant, task.forward, width=choice.width, depth=depth, threads=choice.threads)
 
 

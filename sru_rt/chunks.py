@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from . import costs, plan, predict
 from .cell import Cell
-from .choose import Choice, Task, choose, load, rounded
+from .choose import Choice, Task, choose, load, rounded, shoots, warm_up
 from .dtypes import state_dtype
 from .machine import Device, Machine, of
 from .traffic import ITEMSIZE, reduced
@@ -21,15 +21,31 @@ from .variant import Variant
 _SHORTEST, _LONGEST = 64, 1024
 _MOST_CHUNKS = 65535  # of a grid, along z
 _MIDDLE = 2**0.125  # of the channels that count as one load
+# Where chunks guess and all guesses are wrong, time goes to all of them twice and to the sequential kernel once.
+_WORTH_A_GUESS = 0.5
 _MANY = 1 << 20  # steps; what does not pay for so many is not done for fewer
 
 
 def possible(cell: Cell, forward: bool) -> bool:
-    """Whether steps can be composed: of a few states, and in the forward if the new ones are affine in the old.
+    """Whether time can be cut: in every forward, and in backwards of a few states.
 
-    Adjoints always are: a backward is linear in them.
+    These are linear in the adjoints, so that their steps compose.
     """
-    return bool(cell.formula.jacobian) and (cell.affine or not forward)
+    return forward or bool(cell.formula.jacobian)
+
+
+def counted_in(cell: Cell, chunk: int) -> int:
+    """Steps of the chunks in which a forward counts the states that it keeps anew; 0 if it counts them through.
+
+    It does where chunks end up with the states of the sequential kernel.
+    """
+    return 0 if shoots(cell, forward=True) else chunk
+
+
+def carried(cell: Cell, forward: bool) -> int:
+    """Rows of the scratch that a chunk has: see `carry` in cuda/arguments.h."""
+    n = len(cell.state)
+    return 3 * n if shoots(cell, forward) else n * (n + 1)
 
 
 def count(L: int, chunk: int) -> int:
@@ -106,7 +122,8 @@ def _pays(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -
         for times in (sequential(task, L, row, at, device), in_chunks(task, L, chunk, row, at, device))
     )
     longer = _fitting(_MANY, chunk) if L >= _MANY else _best(task, _MANY, row, at, device)
-    return cut < alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device))
+    enough = _WORTH_A_GUESS if shoots(task.variant.cell, task.forward) else 1
+    return cut < enough * alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device))
 
 
 def sequential(task: Task, L: float, row: int, at: float, device: Device) -> Iterator[predict.Time]:
@@ -121,6 +138,13 @@ def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Devic
     machine, task = of(device), task._replace(parallel=True)
     choice, n, channels = _chosen(task, at, device), count(L, chunk), at * machine.multiprocessors
     width, threads = choice.width, choice.threads
+    if task.shoots:
+        guess = costs.guesses(task.variant, width=width, depth=choice.reduce_depth, threads=threads)
+        yield predict.sweep(machine, guess, channels * n, min(L, warm_up(task.variant)))._replace(launch=0)
+        yield predict.sweep(machine, choice.kernel(task), channels * n, chunk)
+        yield predict.sweep(machine, costs.ends(task.variant, width, threads), channels * (n - 1), 1)
+        yield predict.sweep(machine, costs.ends(task.variant, width, threads), channels, n - 1)
+        return
     first = costs.summaries(task.variant, task.forward, width=width, depth=choice.reduce_depth, threads=threads)
     yield predict.sweep(machine, first, channels * (n - 1), chunk)
     yield predict.sweep(machine, costs.fold(task.variant, width, threads), channels, n - 1)

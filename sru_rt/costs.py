@@ -81,6 +81,38 @@ def summaries(variant: Variant, forward: bool, *, width: int = 1, depth: int = 1
     )
 
 
+def guesses(variant: Variant, *, width: int = 1, depth: int = 1, threads: int = 64) -> Kernel:
+    """The steps that a chunk makes its guess of."""
+    arithmetic, special = _arithmetic(variant.dtype, variant.cell.formula.new_state)
+    reads = replayed(variant)
+    return Kernel(
+        reads=sum(reads),
+        writes=0,
+        width=width,
+        depth=depth,
+        threads=threads,
+        registers=min(255, 40 + _words(reads, width) * depth),
+        instructions=arithmetic + _STEP / width + _LOAD * len(reads),
+        special=special,
+        chain=chain(variant.cell, True, False),
+    )
+
+
+def ends(variant: Variant, width: int = 1, threads: int = 64) -> Kernel:
+    """A kernel that compares what chunks began and ended with; its steps are chunks."""
+    n, size = len(variant.cell.state), ITEMSIZE[state_dtype(variant.dtype)]
+    return Kernel(
+        reads=2 * n * size,
+        writes=n * size,
+        width=width,
+        depth=_FOLD_STEPS,
+        threads=threads,
+        registers=80,
+        instructions=8 * n + _STEP / width,
+        chain=OPERATION * n,
+    )
+
+
 def fold(variant: Variant, width: int = 1, threads: int = 64) -> Kernel:
     """The kernel that goes over the summaries; its steps are chunks."""
     n, size = len(variant.cell.state), ITEMSIZE[state_dtype(variant.dtype)]

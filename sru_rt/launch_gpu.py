@@ -111,6 +111,12 @@ def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[s
     sweep = functions["forward" if made.forward else "backward"]
     if not made.parallel:
         return [_Kernel(sweep, grid, block, shared)]
+    if made.shoots:
+        return [
+            _Kernel(sweep, grid, block, chunks=0),
+            _Kernel(functions["mend"], grid, block, chunks=1),
+            _Kernel(functions["settle"], grid, block),
+        ]
     states = shared if made.reduce_reads_state else 0
     return [
         _Kernel(functions["reduce"], grid, block, states, chunks=1),

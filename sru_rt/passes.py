@@ -167,7 +167,7 @@ class Passes:
             Layout((L, B, D * d), self._u.dtype),
             self._states(D, B, d),
             self._states(self._kept, B, D, d) if self._call.keep else None,
-            *self._carry(self._forward_chunk),
+            *self._carry(self._forward_chunk, forward=True),
         ]
 
     def forward(self) -> Pass:
@@ -213,7 +213,7 @@ class Passes:
             dper_sequence=slots["per_sequence"],
             dparams=slots["params"],
             dc0=self._each(dc0, D * B * d),
-            saved_chunk=self._forward_chunk,
+            saved_chunk=chunks.counted_in(cell, self._forward_chunk),
         )
         return Pass(self._prepared(arguments, len(at)), results)
 
@@ -230,7 +230,7 @@ class Passes:
             self._states(D, B, d),
             Layout((count, B, D, sums, row), self._acc),
             Layout((len(cell.state), rows, B, D, d), self._acc) if scratch else None,
-            *self._carry(chunk),
+            *self._carry(chunk, forward=False),
         ]
 
     def _prepared(self, arguments: abi.Forward | abi.Backward, n: int) -> Prepared:
@@ -258,22 +258,22 @@ class Passes:
     def _chunk(self, forward: bool) -> int:
         """Steps of the chunks of time of one pass.
 
-        The number of kept states is to depend on L alone, as a traced program must know it: a forward whose chunks hold
-        no whole number of `every` steps takes all steps in order.
+        The number of kept states is to depend on L alone, as a traced program must know it: a forward that counts them
+        anew in chunks of no whole number of `every` steps takes all steps in order.
         """
         if self._chunks is not None:
             return self._chunks[not forward]
         call = self._call
         time_parallel = {"True": True, "False": False}.get(call.time_parallel, call.time_parallel)
         found = launch.chunk(self._variant, self._shape, forward, time_parallel, self._device)
-        return 0 if forward and found % call.every else found
+        return 0 if forward and chunks.counted_in(self._cell, found) % call.every else found
 
-    def _carry(self, chunk: int) -> list[Layout]:
+    def _carry(self, chunk: int, forward: bool) -> list[Layout]:
         """Scratch for what chunks of time leave to each other; the last of the results."""
         if not chunk:
             return []
-        n = len(self._cell.state)
-        return [Layout((chunks.count(self._shape[0], chunk), n * (n + 1), *self._shape[1:]), self._acc)]
+        L, *others = self._shape
+        return [Layout((chunks.count(L, chunk), chunks.carried(self._cell, forward), *others), self._acc)]
 
     def _each(self, address: int, elements: int) -> list[int]:
         """The addresses of the states that follow upon each other."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import abi, settings
-from .choose import SHARED_BYTES, THREADS, Task, choose, load, shared_channels, state_bytes
+from .choose import SHARED_BYTES, THREADS, Task, choose, load, shared_channels, shoots, state_bytes, warm_up
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
 from .machine import Device
@@ -29,14 +29,14 @@ class Plan:
     `B` is 0 where the batch size is given at run time. `keep` is 1 if the state before every step is kept, 2 if one is
     every K steps, 0 if none is. Bit i of `wants_inputs` says that the gradient of input i is wanted. `parallel` is
     over time, in chunks; `reduce_reads_state` says that summaries of a backward depend on the states, and
-    `saved_in_chunks` that the forward was parallel and kept only some of them.
+    `saved_in_chunks` that the forward was parallel, and counted the states that it kept anew in each chunk.
     """
 
     forward: bool
     width: int  # channels of a thread
     depth: int  # steps that are read ahead
-    replay_depth: int  # the same where states are recomputed
-    reduce_depth: int  # the same where chunks are summarised
+    replay_depth: int  # the same where states are recomputed, or chunks are settled
+    reduce_depth: int  # the same where chunks are summarised, or arrive at a guess
     threads: int  # of a block
     B: int
     D: int
@@ -50,12 +50,20 @@ class Plan:
     wants_inputs: int = 0
     scratch_in_shared: bool = False
     parallel: bool = False
+    warm_up: int = 0  # steps that a chunk makes its guess of; 0: it need not guess
     reduce_reads_state: bool = False
     saved_in_chunks: bool = False
 
     @property
+    def shoots(self) -> bool:
+        """Whether chunks guess the state that they begin with: see cuda/gpu_shoot.h."""
+        return self.warm_up > 0
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernels that are compiled together."""
+        if self.shoots:
+            return "forward", "mend", "settle"
         names = ("forward",) if self.forward else ("backward", "sum_partials")
         if self.parallel:
             names = ("reduce", "fold", *names, *(() if self.forward else ("sum_chunks",)))
@@ -130,6 +138,9 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         wants_inputs=wants_inputs,
         scratch_in_shared=not forward and given.every > 1 and not needs_scratch(variant, given.every),
         parallel=given.chunk > 0,
+        warm_up=overrides().get("warm_up") or warm_up(variant)
+        if given.chunk > 0 and shoots(variant.cell, forward)
+        else 0,
         saved_in_chunks=isinstance(arguments, abi.Backward) and arguments.saved_chunk > 0 and given.every > 1,
         reduce_reads_state=given.chunk > 0 and not forward and reduction_reads_state(variant.cell),
     )
@@ -200,12 +211,13 @@ def overrides() -> dict[str, int]:
         "depth": range(1, 65),
         "threads": range(32, 1025, 32),
         "chunk": range(1, 1 << 31),
+        "warm_up": range(1, 1 << 31),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, separated by commas"
+                "chunk=1 or more, warm_up=1 or more, separated by commas"
             )
     return chosen
 

@@ -114,12 +114,13 @@ def _given(operands: Operands, every: int, chunk: int, carry: NDArray | None) ->
     )
 
 
-def _carry(operands: Operands, chunk: int) -> NDArray | None:
+def _carry(operands: Operands, chunk: int, forward: bool) -> NDArray | None:
     """Scratch for what chunks of time leave to each other."""
     if not chunk:
         return None
-    (L, B, D, d), n = operands.sizes, len(operands.cell.state)
-    return operands.library.empty((chunks.count(L, chunk), n * (n + 1), B, D, d), operands.accumulator)
+    L, *others = operands.sizes
+    shape = chunks.count(L, chunk), chunks.carried(operands.cell, forward), *others
+    return operands.library.empty(shape, operands.accumulator)
 
 
 class Prepared(NamedTuple):
@@ -165,9 +166,9 @@ def prepared_forward(
     h = empty((L, B, D, d), to_numpy(operands.dtype)) if h is None else h
     last = [empty((D, B, d), acc) if a is None else a for a in c_last or [None] * n_states]
     chunk = operands.chunk or 0
-    kept = chunks.kept(L, chunk or L, every) if every else 0
+    kept = chunks.kept(L, chunks.counted_in(operands.cell, chunk) or L, every) if every else 0
     saved = [empty((kept, B, D, d), to_numpy(saved_dtype)) for _ in range(n_states)] if every else []
-    carry = _carry(operands, chunk)
+    carry = _carry(operands, chunk, forward=True)
     arguments = abi.Forward(
         given=_given(operands, every, chunk, carry),
         h=pointer(h),
@@ -201,7 +202,7 @@ def backward(
     variant = operands.variant(name_of(saved[0].dtype))
     scratch = launch.needs_scratch(variant, every, library.device)
     chunk = operands._chunk(forward=False)
-    carry, count = _carry(operands, chunk), chunks.count(L, chunk) if chunk else 1
+    carry, count = _carry(operands, chunk, forward=False), chunks.count(L, chunk) if chunk else 1
     rows = count * min(every, chunk) if chunk else every
     states = [empty((rows, B, D, d), acc) if scratch else None for _ in cell.state]
     row, sums = d + library.row_padding, len(cell.params) + (len(cell.per_sequence) if chunk else 0)
@@ -218,7 +219,7 @@ def backward(
         dper_sequence=_slots_of_kind(operands, "per_sequence", gradients),
         dparams=_slots_of_kind(operands, "params", gradients),
         dc0=[pointer(a) for a in dc0],
-        saved_chunk=operands.chunk or 0,
+        saved_chunk=chunks.counted_in(cell, operands.chunk or 0),
     )
     launch.run(variant, arguments, library.device, library.stream())
     return gradients, dc0

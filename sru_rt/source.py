@@ -49,13 +49,15 @@ def cpu_kernel(cell_text: str, struct_name: str, dtype: str, saved_dtype: str, w
 def gpu_kernel(
     cell_text: str, struct_name: str, dtype: str, saved_dtype: str, wide: int, plan: Plan, struct_bytes: int
 ) -> str:
-    """The compile unit of one pass of a cell under a plan; see the ends of gpu_sweep.h and gpu_scan.h."""
+    """The compile unit of one pass of a cell under a plan; see the ends of gpu_sweep.h, gpu_scan.h and gpu_shoot.h."""
     types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags: tuple[str, ...] = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
-    flags += ("parallel", "reduce_reads_state", "saved_in_chunks")
-    numbers = ("width", "depth", "replay_depth", "reduce_depth", "threads", "keep")
-    return f"""#include "{"gpu_scan.h" if plan.parallel else "gpu_sweep.h"}"
+    flags += ("parallel", "shoots", "reduce_reads_state", "saved_in_chunks")
+    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep")
+    way = "shoot" if plan.shoots else "scan" if plan.parallel else ""
+    entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
+    return f"""#include "gpu_{way or "sweep"}.h"
 {cell_text}
 struct plan {{
   static constexpr int {", ".join(f"{name} = {getattr(plan, name)}" for name in numbers)};
@@ -64,7 +66,7 @@ struct plan {{
   static constexpr unsigned wants_inputs = {plan.wants_inputs}u;
   SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}
 }};
-SRU_GPU_{"FORWARD" if plan.forward else "BACKWARD"}{"_SCAN" if plan.parallel else ""}({types}, plan, {struct_bytes})
+SRU_GPU_{entry}({types}, plan, {struct_bytes})
 """
 
 

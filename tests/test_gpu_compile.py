@@ -136,9 +136,9 @@ def planned(cell: str, dtype: str, policy: str, scene: str, arch: int) -> tuple[
         variant.cell, dtype, s.sizes, forward=forward, every=every(s.K), mask=s.mask, reset=s.reset, need=s.need
     )
     if policy.endswith("in chunks") and s.sizes[0] > 1:
-        cut, saved = (64 if chunks.possible(variant.cell, forward) else 0 for forward in (forward, True))
+        cut = 64 if chunks.possible(variant.cell, forward) else 0
         arguments = arguments._replace(given=arguments.given._replace(chunk=cut, carry=1 << 20))
-        arguments = arguments if forward else arguments._replace(saved_chunk=saved)
+        arguments = arguments if forward else arguments._replace(saved_chunk=chunks.counted_in(variant.cell, 64))
     made = plan.plan(variant, arguments, machine.Device(arch, machine.USUAL_MULTIPROCESSORS[arch]))
     return variant, replace(made, B=0) if s.any_batch else made
 
@@ -191,6 +191,7 @@ def test_plans_of_the_matrix_differ():
     assert {made.depth for made in plans} == set(choose.DEPTHS)
     assert {made.B == 0 for made in plans} == {made.D == 2 for made in plans} == {False, True}
     assert {made.parallel for made in plans} == {made.saved_in_chunks for made in plans} == {False, True}
+    assert {made.shoots for made in plans if made.parallel and made.forward} == {False, True}
     assert {made.reduce_reads_state for made in plans if made.parallel and not made.forward} == {False, True}
     assert {made.scratch_in_shared for made in plans if made.keep > 1 and not made.forward} == {False, True}
 

@@ -41,12 +41,12 @@ class Job:
 CLEAN = {
     "asan": Job("asan", "plain pairs recomputed recomputed_pairs per_step basic"),
     "asan, other cells": Job("asan", "qrnn qrnn_recomputed_pairs mingru minlstm", (0, 2)),
-    "asan, chunks": Job("asan", "chunks chunks_recomputed chunks_of_pairs"),
+    "asan, chunks": Job("asan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess"),
     "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
     "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
     "tsan, 3": Job("tsan", "plain per_step", (2,)),
     "tsan, other cells": Job("tsan", "qrnn_recomputed_pairs mingru minlstm", (1,)),
-    "tsan, chunks": Job("tsan", "chunks chunks_recomputed chunks_of_pairs", (1,)),
+    "tsan, chunks": Job("tsan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess", (1,)),
 }
 
 HEAP = r"AddressSanitizer: heap-buffer-overflow"
@@ -134,6 +134,33 @@ PLANTED = {
         "to = from + a.chunk;",
         HEAP,
     ),
+    "mend one chunk too many": Job(
+        "asan",
+        "chunks_that_guess",
+        (0,),
+        "const index_t chunk = blockIdx.z + 1;",
+        "const index_t chunk = blockIdx.z + 2;",
+        HEAP,
+        "gpu_shoot.h",
+    ),
+    "begin with what is being mended": Job(
+        "tsan",
+        "chunks_that_guess",
+        (1,),
+        "read(a, at, reverse, chunk - 1, ended, state);",
+        "read(a, at, reverse, chunk - 1, mended, state);",
+        RACE,
+        "gpu_shoot.h",
+    ),
+    "end all chunks in one place": Job(
+        "tsan",
+        "chunks_that_guess",
+        (1,),
+        "write(a, at, reverse, span.chunk, ended, work.state);",
+        "write(a, at, reverse, 0, ended, work.state);",
+        RACE,
+        "gpu_shoot.h",
+    ),
     "share summaries": Job(
         "tsan",
         "chunks",
@@ -187,5 +214,5 @@ def test_the_kernels_are_clean(name, outcome):
 def test_a_planted_bug_is_reported(name, outcome):
     status, output = outcome(name)
     assert re.search(PLANTED[name].report, output), f"status {status}\n{output[-4000:]}"
-    assert re.search(r"(gpu_sweep|gpu_scan|port_gpu)\.h:\d+", output), output[-4000:]
+    assert re.search(r"(gpu_sweep|gpu_scan|gpu_shoot|port_gpu)\.h:\d+", output), output[-4000:]
     assert status != 0

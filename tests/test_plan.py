@@ -264,7 +264,7 @@ def test_the_kernel_text_holds_the_whole_plan():
     base = made("bfloat16", forward=False, every=32)
     changed = dict(width=2, depth=4, threads=64, B=99, D=2, d=2048, gate_stride=7, input_strides=(5,), keep=1)
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
-    changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True)
+    changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True, warm_up=9)
     changed |= dict(reduce_reads_state=True, saved_in_chunks=True)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
@@ -338,7 +338,8 @@ def chunk(sizes=FEW, forward=True, how: bool | str = "auto", cell=AFFINE, dtype=
     return chunks.length(variant(cell, dtype, **options), sizes, forward, how, device)
 
 
-def test_steps_that_cannot_be_composed_stay_sequential():
+def test_what_can_be_cut():
+    """Every forward, and backwards of steps that can be composed."""
     three = Cell("three", lambda a, p, q, r: (a * q, a * r, a * p, p), (
         Array("u", "gates", ("a",)),
         *(Array(f"{n}0", "state", (n,)) for n in "pqr"),
@@ -347,7 +348,9 @@ def test_steps_that_cannot_be_composed_stay_sequential():
         cell.name: tuple(chunk(cell=cell, forward=f, how=True) > 0 for f in (True, False))
         for cell in (three, SRU, AFFINE)
     }
-    assert cut == {"three": (False, False), "sru": (False, True), "sru_no_v": (True, True)}
+    assert cut == {"three": (True, False), "sru": (True, True), "sru_no_v": (True, True)}
+    assert [choose.shoots(cell, True) for cell in (three, SRU, AFFINE)] == [True, True, False]
+    assert not any(choose.shoots(cell, False) for cell in (three, SRU, AFFINE))
 
 
 @pytest.mark.parametrize(
@@ -423,6 +426,11 @@ def test_where_it_begins_to_pay(forward, deepest, bytes_moved):
     assert cut == [True, True, False, False]
 
 
+def test_kept_states_of_forwards_that_guess_are_those_of_the_sequential_kernel():
+    assert chunks.counted_in(SRU, 64) == 0 and chunks.counted_in(AFFINE, 64) == 64
+    assert [chunks.carried(cell, f) for cell in (SRU, AFFINE) for f in (True, False)] == [3, 2, 2, 2]
+
+
 def test_what_summaries_read():
     assert traffic.reduced(variant(AFFINE), True, 1) == [4, 4]  # u0, uf
     assert traffic.reduced(variant(AFFINE), False, 1) == [4, 4, 4]  # uf, ur, dh
@@ -457,7 +465,8 @@ def test_sizes_do_not_change_the_parallel_kernels(dtype, forward):
     assert len(plans) == 1
     (p,) = plans
     assert p.parallel and p.width == (2 if dtype in ("float16", "bfloat16") else 1) and p.reduce_depth >= 4
-    assert p.kernels[:2] == ("reduce", "fold")
+    assert p.kernels[:2] == (("forward", "mend") if forward else ("reduce", "fold"))
+    assert p.warm_up == ((512 if dtype == "float64" else 256) if forward else 0)
 
 
 def test_chunks_have_kernels_of_their_own():
@@ -486,6 +495,21 @@ def test_carried_states_are_pairs_as_well():
     given = arguments(AFFINE, "bfloat16", LARGE, chunk=64)
     assert widths(given, cell=AFFINE) == 2
     assert widths(given._replace(given=given.given._replace(carry=given.given.carry + 4)), cell=AFFINE) == 1
+
+
+@pytest.mark.parametrize("dtype, depth, expected", [("float32", 8, 24), ("bfloat16", 16, 24), ("float64", 4, 12)])
+def test_chunks_are_settled_by_deeper_rings(dtype, depth, expected):
+    """By as few threads as sequential kernels have: 96 registers, of 4 or 8 a step."""
+    found = made(dtype, FEW, chunk=64)
+    assert (found.depth, found.replay_depth) == (depth, expected)
+    assert made(dtype, FEW).replay_depth == 1
+
+
+def test_override_of_the_warm_up(monkeypatch):
+    wanted = made("bfloat16", FEW, chunk=64)
+    monkeypatch.setenv("SRU_RT_PLAN", "warm_up=9")
+    assert made("bfloat16", FEW, chunk=64) == replace(wanted, warm_up=9)
+    assert made("bfloat16", FEW).warm_up == made("bfloat16", FEW, forward=False, every=1, chunk=64).warm_up == 0
 
 
 def test_override_of_the_chunk(monkeypatch):

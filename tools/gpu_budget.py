@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
 import nvrtc  # noqa: E402
-from sru_rt import chunks, compile_gpu, costs, machine, plan, predict  # noqa: E402
+from sru_rt import choose, compile_gpu, costs, machine, plan, predict  # noqa: E402
 from sru_rt.cell import Cell  # noqa: E402
 from sru_rt.cells import named_cells  # noqa: E402
 from sru_rt.dtypes import state_dtype  # noqa: E402
@@ -44,12 +44,21 @@ PASSES = {
     "backward, all states kept": (False, 1),
     "backward, 1 of 32 kept": (False, 32),
 }
-# The same of kernels that are parallel over time: what chunks are summarised by, and then swept by.
+# The same of kernels that are parallel over time: what chunks are summarised by, and then swept by; and in GUESSED, of
+# forwards that do not compose, what guesses and sweeps, and what does so once more.
 IN_CHUNKS = {
     "forward, summaries of chunks": (True, 1),
     "forward, chunk by chunk": (True, 1),
     "backward, summaries of chunks": (False, 1),
     "backward, chunk by chunk": (False, 1),
+    "forward, guesses and chunks": (True, 1),
+    "forward, mended chunks": (True, 1),
+    "forward, settled chunks": (True, 1),
+}
+GUESSED = {
+    "forward, guesses and chunks": "forward",
+    "forward, mended chunks": "mend",
+    "forward, settled chunks": "settle",
 }
 # The small kernels before and behind these, and a forward of one step: as a whole, as no loop makes their time.
 SMALL = {
@@ -86,6 +95,8 @@ class Entry:
 
     @property
     def kernel(self) -> str:
+        if self.which in GUESSED:
+            return GUESSED[self.which]
         if self.which in SMALL:
             return SMALL[self.which][2]
         return "reduce" if "summaries" in self.which else "forward" if self.kept[0] else "backward"
@@ -138,7 +149,7 @@ def entries() -> list[Entry]:
         if arch != 90:
             found.append(Entry(first, dtype, which, arch=arch))
     for cell, dtype, which in itertools.product((first, "sru_no_v"), both, IN_CHUNKS):
-        if chunks.possible(_cells()[cell], IN_CHUNKS[which][0]):
+        if choose.shoots(_cells()[cell], IN_CHUNKS[which][0]) == (which in GUESSED):
             found.append(Entry(cell, dtype, which, FEW))
     for dtype, which in itertools.product(both, SMALL):
         sizes = FEW if "chunk" in which else ONE if "step" in which else USUAL
@@ -163,9 +174,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     if entry.arch == 90 and entry.which in SMALL:
         result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
     elif entry.arch == 90:
-        loops = sweeps(variant, made)
-        if entry.kernel == "reduce":
-            loops = [(made.reduce_depth, len(reduced(variant, made.forward, made.keep)))]
+        loops = sweeps(variant, made, entry.kernel)
         result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D))
     return result
 
@@ -177,13 +186,19 @@ def warps(arch: int, kernel: dict[str, Any]) -> int:
     return predict.occupancy(usual, predict.Kernel(0, 0, **taken)) * kernel["threads"] // 32
 
 
-def sweeps(variant: Variant, made: plan.Plan) -> list[tuple[int, int]]:
-    """Of each loop over time, the steps of a lap and the loads from global memory of a step."""
+def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:
+    """Of each loop over time, or over chunks, the steps of a lap and the loads from global memory of a step."""
+    if kernel == "reduce":
+        return [(made.reduce_depth, len(reduced(variant, made.forward, made.keep)))]
     states = len(variant.cell.state) if made.keep == 1 else 0
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
     found = [(made.depth, inputs + (0 if made.forward else 1 + states))]
     if made.keep > 1 and not made.forward:
         found.append((made.replay_depth, len(replayed(variant))))
+    if made.shoots and kernel == "forward":
+        found.append((made.reduce_depth, len(replayed(variant))))
+    if kernel == "settle":
+        found = [(made.replay_depth, inputs), (16, 2)]  # the latter as follow_depth of cuda/gpu_shoot.h has it
     return found
 
 
