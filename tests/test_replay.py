@@ -79,9 +79,9 @@ def test_on_a_gpu(cell, layer, place, monkeypatch):
     same_bits(place.get(tuple(call.results)), wanted)
 
 
-@pytest.mark.gpu
-def test_a_run_is_captured_into_a_graph():
-    cupy = pytest.importorskip("cupy")
+@pytest.mark.parametrize("place", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_a_run_is_captured_into_a_graph(place):
+    cupy = place.xp
     params = sru_rt.sru_init(64, 64, dtype="float16", rng=0, like=cupy.zeros(1))
     x, c = cupy.zeros((3, 64), "float16"), cupy.zeros((1, 3, 64), "float32")
     h = cupy.empty_like(x)
