@@ -151,8 +151,7 @@ def sru_forward(
         reset: (L, B), True: the state is 0 before this step; the reverse direction resets on the other side of the
             same boundary. Beyond `lengths` it has no effect.
         dropout_mask: (B, D, d), m, already scaled by 1/(1-p), shared over time.
-        time_parallel: "auto", True or False, whether steps run in parallel on a GPU (see docs/recurrences.md); the
-            forward only without v.
+        time_parallel: "auto", True or False, whether steps run in parallel on a GPU (see docs/gpu.md).
         save: keep what `sru_backward` needs: True every state, K >= 1 the state every K steps (the rest is computed
             again), "x" like that but also without U.
         saved_dtype: dtype of kept states; x's dtype halves their memory for 16-bit x. Default: that of the state.
