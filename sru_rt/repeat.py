@@ -163,7 +163,7 @@ def remember(
     factor = _place("weight", projected.factors[0], library) if projected else None
     if any(array is not None and place is None for (_, array), place in zip((*named, *arrays), places)):
         return
-    if projected and (len(projected.factors) > 1 or factor is None):
+    if projected and (factor is None or len(projected.factors) > 1 or projected.source.shape != projected.x.shape):
         return
     o = [operands.arrays[u], state, None, operands.mask, operands.reset, *(array for _, array in arrays)]
     call = Call(spec.text_of(cell), tuple(operands.constants), 1, str(options.time_parallel), keep=False)

@@ -244,6 +244,7 @@ FRAMEWORKS = ("torch", "jax", "cupy", "tensorflow", "paddle", "mlx", "ml_dtypes"
 LONELY = f"""
 import sys
 import numpy as np
+of_numpy = set(sys.modules)
 import sru_rt
 
 class Foreign:
@@ -261,7 +262,7 @@ try:
     sru_rt.sru_forward("text", **params)
 except sru_rt.errors.SruRtError:
     pass
-print([name for name in {(*FRAMEWORKS, "numpy.ma")!r} if name in sys.modules])
+print([name for name in {FRAMEWORKS!r} if name in sys.modules] + sorted({{"numpy.ma"}} & set(sys.modules) - of_numpy))
 """
 
 

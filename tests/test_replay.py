@@ -133,10 +133,11 @@ def test_tokens_in_place(cell):
     np.testing.assert_allclose(state, last, rtol=1e-5, atol=1e-6)
 
 
-def test_a_window_of_tokens():
+@pytest.mark.parametrize("B", [1, 4])
+def test_a_window_of_tokens(B):
     params = sru_rt.qrnn_init(6, 6, window=3, rng=0)
-    x = np.random.default_rng(1).normal(size=(3, 4, 6)).astype(np.float32)
-    runs_again(sru_rt.qrnn_step, {"x": x, "c": np.ones((1, 4, 6), np.float32), "window": 3, **params})
+    x = np.random.default_rng(1).normal(size=(3, B, 6)).astype(np.float32)
+    runs_again(sru_rt.qrnn_step, {"x": x, "c": np.ones((1, B, 6), np.float32), "window": 3, **params})
 
 
 def test_what_is_copied_for_the_kernels_is_copied_in_each_run():
