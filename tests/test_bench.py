@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,6 +270,8 @@ def test_a_call_that_took_long_is_not_made_once_more() -> None:
     clock._last["row"] = 2.0
     clock.block("row", [lambda: calls.append(0)], 0.01)
     assert len(calls) == 1
+    clock.facts("other", [lambda: time.sleep(0.01)])
+    assert clock._last["other"] >= 0.01
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
