@@ -25,7 +25,7 @@ SHARED_BYTES = 48 << 10  # of one block, on every architecture
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
 _RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
-_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48, "settle": 96}
+_RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48, "settle": 80}
 # Steps by which a chunk of time begins earlier where it has to guess a state, for each byte of a number of the state:
 # 256 in float32. After them SRUs with |v| up to 1.22 and forget biases up to 2 have forgotten all bits of a wrong one.
 _WARM_UP = 64
