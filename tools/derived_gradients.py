@@ -35,7 +35,7 @@ PASS = "backward, all states kept"
 
 @dataclass(frozen=True)
 class Count:
-    """Of a backward kernel: instructions of its steady loop for one channel and step, and registers."""
+    """Of a backward kernel: instructions of its steady loop for one channel and step but moves, and registers."""
 
     instructions: float
     registers: int
@@ -57,7 +57,7 @@ def count(cell: str, dtype: str, text: str | None = None) -> Count:
     code, log = nvrtc.release(gpu_budget.RELEASE).compile(unit, (f"-arch=sm_{entry.arch}", *compile_gpu.FLAGS))
     loops = gpu_budget.sweeps(variant, made, "backward")
     steady = nvrtc.steady(nvrtc.disassemble(code), entry.kernel, loops, made.width * made.D)
-    return Count(steady.instructions, nvrtc.resources(log)[entry.kernel].registers)
+    return Count(round(steady.instructions - steady.moves, 3), nvrtc.resources(log)[entry.kernel].registers)
 
 
 def measured() -> dict[str, tuple[Count, Count]]:
