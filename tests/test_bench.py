@@ -257,10 +257,10 @@ def test_the_clock_counts_calls() -> None:
     times = clock.block("row", [lambda: calls.append(0)], 0.01)
     assert 1 <= len(times) <= clocks.MOST_SAMPLES
     assert (len(calls) - 1) % len(times) == 0  # one is not counted, each sample has as many
-    assert len(calls) > 100 and max(times) < 1e-3
+    assert len(calls) > 100
 
     call = lambda: None  # noqa: E731  (it gets an attribute below)
-    call.repeats = 1_000_000  # type: ignore[attr-defined]
+    call.repeats = 1_000_000  # type: ignore[attr-defined]  # how often one call does the work
     assert max(clock.block("other", [call], 0.01)) < 1e-9
 
 

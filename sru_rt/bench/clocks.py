@@ -5,6 +5,7 @@ A clock is asked for a block, some seconds of calls at a time, so that the rows 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import functools
@@ -96,7 +97,7 @@ def _status(name: str) -> int:
     return int(text.partition(f"{name}:")[2].split()[0]) << 10
 
 
-class _Gpu(Clock):
+class _Gpu(Clock, abc.ABC):
     """What the clocks of GPUs share: replays of a CUDA graph of many calls, between two events."""
 
     def __init__(self) -> None:
@@ -128,8 +129,9 @@ class _Gpu(Clock):
             self.synchronize()
         return found | {"launched": how, "host_us": round(1e6 * statistics.median(samples), 2)}
 
+    @abc.abstractmethod
     def synchronize(self) -> None:
-        raise NotImplementedError
+        """Waits for the GPU."""
 
     def _replay(self, launch: Call, captures: bool) -> tuple[Callable[[], float], str]:
         """What takes the seconds of `launch`, as a graph if it can be captured, and how it launches."""
@@ -142,11 +144,13 @@ class _Gpu(Clock):
             how = "one by one"
         return functools.partial(self._timed, launch), how
 
+    @abc.abstractmethod
     def _graph(self, launch: Call) -> Call:
-        raise NotImplementedError
+        """What launches a CUDA graph of the calls."""
 
+    @abc.abstractmethod
     def _timed(self, launch: Call) -> float:
-        raise NotImplementedError
+        """Seconds of a launch on the GPU."""
 
 
 class CuPyClock(_Gpu):

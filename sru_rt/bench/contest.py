@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class Against(NamedTuple):
     problem: Problem | None = None
 
 
-class Contestant:
+class Contestant(abc.ABC):
     """Who computes a problem. Subclasses say what they need and how; listing their rows imports nothing."""
 
     name = ""
@@ -53,9 +54,9 @@ class Contestant:
     divides_work = False  # among the threads of a place, of itself
     command = ""  # what installs it; its own name by default
 
+    @abc.abstractmethod
     def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
         """What it can do for a problem; nothing if it computes something else."""
-        raise NotImplementedError
 
     def against(self, problem: Problem, which: str, device: str) -> Against | None:
         """What a row is held against."""
@@ -70,9 +71,9 @@ class Contestant:
         what = {"scan": "scan", "cell": problem.name, "layer": f"layer of {problem.name}"}
         return f"{what.get(problem.level, f'training of {problem.name}')} by {self.name}, {which}"
 
+    @abc.abstractmethod
     def build(self, problem: Problem, place: Place) -> Built:
         """Makes the arrays, in a measuring process. What it raises is the reason why it is left out."""
-        raise NotImplementedError
 
     def missing(self, device: str) -> str:
         """Why it cannot run here, as far as that can be told without importing it; empty if it can."""

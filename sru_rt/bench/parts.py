@@ -42,8 +42,8 @@ class Part(NamedTuple):
 
 
 def _sizes(shape: Shape) -> tuple[int, int, int, int]:
-    L, B, d, *D = shape
-    return L, B, d, *(D or [1])  # type: ignore[return-value]
+    L, B, d, D = (*shape, 1)[:4]
+    return L, B, d, D
 
 
 def _grid(lengths: Sequence[int], B: int, sizes: Sequence[int]) -> tuple[Shape, ...]:

@@ -49,14 +49,14 @@ OF_LAYERS = 4
 
 
 @sru_rt.cell(gates="a b", state="c")
-def linear(a, b, c):  # type: ignore[no-untyped-def]
+def linear(a: Any, b: Any, c: Any) -> Any:
     """What all scans have in common."""
     c = a * c + b
     return c, c
 
 
 @sru_rt.cell(gates="uf uc ug", params="b_f", state="c", constants="lowest")
-def hgru(uf, uc, ug, b_f, c, lowest):  # type: ignore[no-untyped-def]
+def hgru(uf: Any, uc: Any, ug: Any, b_f: Any, c: Any, lowest: Any) -> Any:
     """The cell of examples/own_cell.py."""
     f = lowest + (1 - lowest) * sru_rt.sigmoid(uf + b_f)
     c = f * c + (1 - f) * uc * sru_rt.sigmoid(uc)

@@ -24,12 +24,12 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         report: dict[str, Any] = json.loads(path.read_text())
-        labels = [row["label"] for row in report["rows"]]
+        if any("label" not in row for row in report["rows"]):
+            raise ValueError("a row has no label")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(
             f"sru_rt bench: {path} is no file of results ({type(error).__name__}: {error}); give one that a run wrote"
         ) from None
-    del labels
     return report
 
 

@@ -154,7 +154,8 @@ class MatchedCopy(Contestant):
 def counts(problem: Problem, which: str) -> tuple[int, int]:
     """How many arrays of the width of x a pass reads and writes; a state in a wider dtype counts as several."""
     reads, writes = streams(problem, which)
-    return tuple(int(sum(side)) // ITEMSIZE[problem.dtype] for side in (reads, writes))  # type: ignore[return-value]
+    size = ITEMSIZE[problem.dtype]
+    return int(sum(reads)) // size, int(sum(writes)) // size
 
 
 def _copy_within(memory: Any, reads: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,13 +32,13 @@ class OnJax(Contestant):
     def against(self, problem: Problem, which: str, device: str) -> Against | None:
         return Against(NAME, which, "x the time of")
 
+    @abc.abstractmethod
     def does(self, problem: Problem) -> bool:
         """Whether it computes this."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def function(self, problem: Problem) -> Callable[..., Any]:
         """h of the arrays of the problem, in their order."""
-        raise NotImplementedError
 
     def build(self, problem: Problem, place: Place) -> Built:
         import jax

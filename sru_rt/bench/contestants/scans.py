@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ class OnScan(OnTorch):
     axes = (0, 1, 2)
     takes_log = False  # of a: g, in its place
 
+    @abc.abstractmethod
     def function(self, torch: Any, problem: Problem) -> Any:
         """What makes h of a (or g) and b, both differentiable."""
-        raise NotImplementedError
 
     def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
         return super().passes(problem, device) if problem.D == 1 and problem.L > 1 else ()

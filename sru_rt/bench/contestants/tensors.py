@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,9 +42,9 @@ class OnTorch(Contestant):
         wanted = self.passes(problem, place.device)
         return Built({which: [one.calls[which] for one in made] for which in wanted}, first.results, first.expected)
 
+    @abc.abstractmethod
     def made(self, torch: Any, problem: Problem) -> Subject:
         """The calls on one set of tensors."""
-        raise NotImplementedError
 
 
 class Subject:
@@ -85,7 +86,7 @@ class Subject:
 class Training:
     """Steps of gradient descent of a module towards `target`, from its parameters as they are."""
 
-    expected = None
+    expected: Mapping[str, NDArray] | None = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 from typing import Any
 
@@ -21,8 +22,9 @@ class _Layer(OnTorch):
     def label(self, problem: Problem, which: str) -> str:
         return f"{'training of ' if problem.level == 'train' else ''}{self.name}, {which}"
 
+    @abc.abstractmethod
     def module(self, torch: Any, problem: Problem) -> Any:
-        raise NotImplementedError
+        """The module of PyTorch."""
 
     def arrays(self, problem: Problem) -> dict[str, Any]:
         """x and dh as the layer wants them."""
@@ -40,7 +42,7 @@ class _Layer(OnTorch):
 
         if problem.level == "train":
             made = Training(module, x, dh, lambda found: found[0], results)
-            made.expected = Training(  # type: ignore[assignment]
+            made.expected = Training(
                 *(wide := _wide(module, x, dh)),
                 lambda found: found[0],
                 lambda: {name: tensors.host(p) for name, p in wide[0].named_parameters()},
