@@ -26,8 +26,8 @@ struct RecurrenceArguments {
   const void *c0[Cell::n_state];
   double constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
   index_t chunk;  // on a GPU, steps of a chunk of time; 0: one thread takes all steps
-  void *carry;    // scratch, where there are chunks: of n states (chunks, n*(n + 1), B, D, d), see gpu_scan.h, or
-                  // (chunks, 3*n, B, D, d), see gpu_shoot.h
+  void *carry;    // scratch where there are chunks, of chunks.carried() elements; see gpu_lookahead.h, gpu_scan.h and
+                  // gpu_shoot.h
 };
 
 template <class Cell>

@@ -252,4 +252,4 @@ def test_the_model_is_asked_for_chunks_by_what_is_decided(model):
     few = model.Case("mingru", "bfloat16", 65536, 1, 1024, 1, True, 0)
     cut, times = few.kernels(machine.named("H200"))
     assert cut == chunks.length(few.variant, (65536, 1, 1, 1024), True, "auto", machine.named("H200").device) > 0
-    assert len(times) == 3 and len(few._replace(time_parallel=False).kernels(machine.named("H200"))[1]) == 1
+    assert len(times) == 2 and len(few._replace(time_parallel=False).kernels(machine.named("H200"))[1]) == 1
