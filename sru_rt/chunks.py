@@ -47,13 +47,16 @@ def counted_in(cell: Cell, chunk: int) -> int:
 def carried(cell: Cell, forward: bool, sizes: tuple[int, int, int, int], chunk: int) -> int:
     """Elements of the scratch for what chunks of `sizes` L, B, D, d leave to each other, in the dtype of the state.
 
-    For each chunk, three states where it guesses; or A, b and a state, and of up to 32 channels a word of
-    cuda/gpu_lookahead.h, with one more in all.
+    For each chunk, three states where it guesses; or A and b, and where one kernel composes them a state, and of up to
+    32 channels a word, with one more in all: see cuda/gpu_lookahead.h.
     """
     (L, B, D, d), n = sizes, len(cell.state)
+    rows, words = n * (n + 1), 0
     if shoots(cell, forward):
-        return count(L, chunk) * D * B * d * 3 * n
-    return count(L, chunk) * D * (B * d * n * (n + 2) + count(B * d, 32)) + 1
+        rows = 3 * n
+    elif plan.in_one_kernel():
+        rows, words = n * (n + 2), count(L, chunk) * D * count(B * d, 32) + 1
+    return count(L, chunk) * rows * B * D * d + words
 
 
 def count(L: int, chunk: int) -> int:
