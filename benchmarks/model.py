@@ -73,7 +73,7 @@ class Case(NamedTuple):
             pairs=pairs,
             one_step=self.L == 1,
             in_shared=in_shared,
-            one_kernel=plan.in_one_kernel(),
+            one_kernel=plan.in_one_kernel(plan.overrides()),
         )
 
     def kernels(self, card: Machine) -> tuple[int, list[predict.Time]]:

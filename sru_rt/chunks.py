@@ -54,7 +54,7 @@ def carried(cell: Cell, forward: bool, sizes: tuple[int, int, int, int], chunk: 
     rows, words = n * (n + 1), 0
     if shoots(cell, forward):
         rows = 3 * n
-    elif plan.in_one_kernel():
+    elif plan.in_one_kernel(plan.overrides()):
         rows, words = n * (n + 2), count(L, chunk) * D * count(B * d, 32) + 1
     return count(L, chunk) * rows * B * D * d + words
 
@@ -80,8 +80,9 @@ def length(
     """
     if time_parallel is False:
         return 0
-    chosen = plan.overrides().get("chunk", 0)
-    return _length(variant, sizes, forward, time_parallel, device, chosen, plan.in_one_kernel())
+    chosen = plan.overrides()
+    one_kernel = plan.in_one_kernel(chosen)
+    return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), one_kernel)
 
 
 @lru_cache(maxsize=4096)

@@ -101,7 +101,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         pairs=pairs,
         one_step=given.L == 1,
         in_shared=key.scratch_in_shared,
-        one_kernel=in_one_kernel(),
+        one_kernel=in_one_kernel(overrides()),
         tile=tile_steps(given.chunk),
     )
     at = load(given.B * given.D * given.d, device)
@@ -125,7 +125,7 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     """What follows from the arguments alone."""
     given = arguments.given
     forward = isinstance(arguments, abi.Forward)
-    cut = given.chunk > 0
+    chosen, cut = overrides(), given.chunk > 0
     guesses = cut and shoots(variant.cell, forward)
     wants_gates, wants_inputs = False, 0
     if isinstance(arguments, abi.Backward):
@@ -150,8 +150,8 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         wants_inputs=wants_inputs,
         scratch_in_shared=not forward and given.every > 1 and not needs_scratch(variant, given.every),
         parallel=cut,
-        lookahead=cut and not guesses and in_one_kernel(),
-        warm_up=overrides().get("warm_up", warm_up(variant)) if guesses else 0,
+        lookahead=cut and not guesses and in_one_kernel(chosen),
+        warm_up=chosen.get("warm_up", warm_up(variant)) if guesses else 0,
         saved_in_chunks=isinstance(arguments, abi.Backward) and arguments.saved_chunk > 0 and given.every > 1,
         reduce_reads_state=cut and not forward and reduction_reads_state(variant.cell),
     )
@@ -214,9 +214,9 @@ def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> boo
     return not any(pointer % (2 * size) for pointer, size in places) and not any(stride % 2 for stride in strides)
 
 
-def in_one_kernel() -> bool:
-    """Whether SRU_RT_PLAN leaves chunks to one kernel where steps compose, rather than to three."""
-    return bool(overrides().get("lookahead", 1))
+def in_one_kernel(chosen: Mapping[str, int]) -> bool:
+    """Whether chunks go through one kernel where steps compose, not three; `chosen` is what SRU_RT_PLAN says."""
+    return bool(chosen.get("lookahead", 1))
 
 
 def overrides() -> dict[str, int]:
@@ -242,13 +242,10 @@ def overrides() -> dict[str, int]:
 def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     """The plan with what SRU_RT_PLAN says."""
     chosen = overrides()
-    depth, width = chosen.get("depth"), chosen.get("width", made.width)
-    if width > 1 and not _takes_pairs(variant, arguments):
-        width = 1
+    depth = chosen.get("depth")
     made = replace(
         made,
-        width=width,
-        tile_bytes=made.tile_bytes // made.width * width,
+        width=chosen.get("width", made.width),
         depth=depth or made.depth,
         replay_depth=depth or made.replay_depth if made.replay_depth > 1 else 1,
         reduce_depth=depth or made.reduce_depth if made.parallel else 1,
