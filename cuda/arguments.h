@@ -17,8 +17,8 @@ struct Slot {
 template <class Cell>
 struct RecurrenceArguments {
   index_t L, B, D, d;
-  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction (and of each chunk, if
-                  // gpu_scan.h is what cuts time); 0: not at all
+  index_t every;  // the state is kept before steps 0, every, 2*every, ... of each direction (and of each chunk,
+                  // unless chunks guess: gpu_shoot.h); 0: not at all
   const index_t *lengths;
   const unsigned char *mask, *reset;
   Slot gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
@@ -26,8 +26,8 @@ struct RecurrenceArguments {
   const void *c0[Cell::n_state];
   double constant[SRU_AT_LEAST_ONE(Cell::n_constants)];
   index_t chunk;  // on a GPU, steps of a chunk of time; 0: one thread takes all steps
-  void *carry;    // scratch, where there are chunks: of n states (chunks, n*(n + 1), B, D, d), see gpu_scan.h, or
-                  // (chunks, 3*n, B, D, d), see gpu_shoot.h
+  void *carry;    // scratch where there are chunks, of chunks.carried() elements; see gpu_lookahead.h, gpu_scan.h and
+                  // gpu_shoot.h
 };
 
 template <class Cell>
@@ -36,7 +36,7 @@ struct ForwardArguments {
   void *h;                      // (L, B, D, d)
   void *c_last[Cell::n_state];  // (D, B, d)
   void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes; of chunks of
-                                // time in gpu_scan.h, ceil(chunk/every) rows each
+                                // time, unless they guess, ceil(chunk/every) rows each
 };
 
 // Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the

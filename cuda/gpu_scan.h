@@ -119,11 +119,11 @@ struct GpuScan {
     SRU_MEMBER void advance(index_t) {}
   };
 
-  template <int depth, int replay_depth, bool reverse>
+  template <int depth, int replay_depth, typename Sweep::Which which = Sweep::all, bool reverse, class Work>
   SRU_FN void go_back(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
-                      ReduceBack<reverse> &work) {
+                      Work &work) {
     if constexpr (Plan::keep == 1 || !Plan::reduce_reads_state)
-      Sweep::template backward_from_saved<depth>(f, at, span, work);
+      Sweep::template backward_from_saved<depth, which>(f, at, span, work);
     else
       Sweep::template backward_from_pieces<depth, replay_depth>(f, at, span, fixed, work);
   }
@@ -313,9 +313,11 @@ struct GpuScan {
 #define SRU_GPU_FORWARD_SCAN(Cell, Io, Saved, wide, Plan, bytes) \
   SRU_GPU_SCAN(ForwardArguments, Cell, Io, Saved, wide, Plan)    \
   SRU_GPU_FORWARD(Cell, Io, Saved, wide, Plan, bytes)
-#define SRU_GPU_BACKWARD_SCAN(Cell, Io, Saved, wide, Plan, bytes)                                                   \
-  SRU_GPU_SCAN(BackwardArguments, Cell, Io, Saved, wide, Plan)                                                      \
-  SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)                                                              \
+#define SRU_GPU_BACKWARD_SCAN(Cell, Io, Saved, wide, Plan, bytes) \
+  SRU_GPU_SCAN(BackwardArguments, Cell, Io, Saved, wide, Plan)    \
+  SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)            \
+  SRU_GPU_SUM_CHUNKS(Cell, Io, Saved, wide, Plan)
+#define SRU_GPU_SUM_CHUNKS(Cell, Io, Saved, wide, Plan)                                                             \
   extern "C" __global__ void __launch_bounds__(256) sum_chunks(const __grid_constant__ BackwardArguments<Cell> f) { \
     GpuScan<Cell, Io, Saved, wide, Plan>::sum_chunks(f);                                                            \
   }

@@ -199,10 +199,7 @@ struct GpuShoot {
       again<reverse>(f, at, work.chunk, work.state);
       work.chunk++;
     }
-    for (int i = 0; i < n; i++) write_last(f, at, reverse, i, work.state[i]);
-  }
-  SRU_FN void write_last(const ForwardArguments<Cell> &f, const Part &at, int q, int i, real state) {
-    Sweep::write_each((acc *)f.c_last[i] + Sweep::state_offset(f.given, at, q), state);
+    Sweep::write_last(f, at, reverse, work.state);
   }
 
   // ----------------------------------------------------------------------------------------------------------------

@@ -27,14 +27,14 @@ struct GpuSweep {
   SRU_FN index_t pieces(index_t steps, index_t of) { return (steps + of - 1) / of; }
   SRU_FN index_t chunks(const Given &a) { return pieces(a.L, a.chunk); }
 
-  // The channels of this thread, and the steps that exist: those of its sequence. The others are padding.
+  // The channels of this thread of a block, and the steps that exist: those of its sequence. The others are padding.
+  static constexpr index_t packs = Plan::d / width;  // of a row
   struct Part {
     index_t b, j, length;
     bool idle;
 
-    SRU_MEMBER explicit Part(const Given &a) {
-      constexpr index_t packs = Plan::d / width;
-      const index_t n = index_t(blockIdx.x) * Plan::threads + threadIdx.x;
+    SRU_MEMBER explicit Part(const Given &a, index_t block = blockIdx.x) {
+      const index_t n = block * Plan::threads + threadIdx.x;
       idle = n >= batch(a) * packs;
       b = n / packs;
       j = (n - b * packs) * width;
@@ -123,8 +123,15 @@ struct GpuSweep {
     }
   };
 
+  // What a sweep reads of a row: where a chunk is gone over twice, at first what goes to shared memory (see
+  // gpu_tile.h), and then the others.
+  enum Which { all, in_tile, others };
+  static constexpr int bit_of_dh = Cell::n_gates + Cell::n_inputs;
+  SRU_FN constexpr bool is_in_tile(int bit) { return (Plan::in_tile >> bit) & 1; }
+  SRU_FN constexpr bool reads(Which which, int bit) { return which == all || is_in_tile(bit) == (which == in_tile); }
+
   // Reads rows of direction `reverse` from time `t` on, upwards in time or downwards.
-  template <bool reverse, bool upwards>
+  template <bool reverse, bool upwards, Which which = all>
   struct Reader {
     const Given &a;
     index_t t, length, rows;  // `rows` of one step lie between two steps of a sequence
@@ -150,8 +157,10 @@ struct GpuSweep {
     SRU_MEMBER Row read(index_t k) const {
       Row row;
       for (int i = 0; i < Cell::n_gates; i++)
-        row.gate[i] = load_once_packed<Io, width>(gate + k * rows * Plan::gate_stride + i * Plan::d);
+        if (reads(which, i))
+          row.gate[i] = load_once_packed<Io, width>(gate + k * rows * Plan::gate_stride + i * Plan::d);
       for (int i = 0; i < Cell::n_inputs; i++) {
+        if (!reads(which, Cell::n_gates + i)) continue;
         const index_t offset = k * rows * Plan::input_stride(i);
         if (is_wide(i))
           row.wide_input[i] = load_once_packed<acc, width>((const acc *)input[i] + offset);
@@ -309,13 +318,24 @@ struct GpuSweep {
     return {fixed, keep, (Io *)f.h + (first * rows + at.row(reverse) * Plan::d + at.j), reverse ? -rows : rows};
   }
 
+  // What rows are given to: the work, unless it is to be something around it.
+  struct Plainly {
+    template <class Work>
+    SRU_MEMBER Work &operator()(Work &work) const {
+      return work;
+    }
+  };
+
   // Takes work.state over a span, unless work.stopped becomes true on the way, and writes zeros for padding.
-  template <int depth, bool may_stop = false, bool reverse, class Work>
-  SRU_FN void forward_span(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, Work &work) {
+  // around(work) is what rows are given to.
+  template <int depth, bool may_stop = false, Which which = all, bool reverse, class Work, class Around = Plainly>
+  SRU_FN void forward_span(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, Work &work,
+                           Around around = {}) {
     const index_t n = span.end - span.begin, rows = batch(f.given) * Plan::D * Plan::d;
     if (reverse) work.keep.skip(work.state, int(span.begin - span.from));
-    Reader<reverse, !reverse> from(f.given, at, span.time(span.begin));
-    sweep<depth, may_stop>(from, n, work);
+    Reader<reverse, !reverse, which> from(f.given, at, span.time(span.begin));
+    auto &&taker = around(work);
+    sweep<depth, may_stop>(from, n, taker);
     if constexpr (may_stop)
       if (work.stopped) return;
     if (!reverse) {
@@ -324,6 +344,9 @@ struct GpuSweep {
     }
     Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
     for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
+  }
+  SRU_FN void write_last(const ForwardArguments<Cell> &f, const Part &at, int q, const real *state) {
+    for (int i = 0; i < Cell::n_state; i++) write_each((acc *)f.c_last[i] + state_offset(f.given, at, q), state[i]);
   }
 
   template <bool reverse>
@@ -337,9 +360,7 @@ struct GpuSweep {
     Forward work = forward_work(f, at, span, fixed, keep);
     start_state(a, at, span, work.state);
     forward_span<Plan::depth>(f, at, span, work);
-    if (!span.is_last()) return;
-    for (int i = 0; i < Cell::n_state; i++)
-      write_each((acc *)f.c_last[i] + state_offset(a, at, reverse), work.state[i]);
+    if (span.is_last()) write_last(f, at, reverse, work.state);
   }
 
   // Takes a state over steps of which nothing else is wanted.
@@ -384,9 +405,9 @@ struct GpuSweep {
 
   // Reads rows against the direction of the recurrence. `State` is the type of the states that it reads: `Saved`, or
   // `acc` where this kernel has recomputed them.
-  template <bool reverse, class State>
+  template <bool reverse, class State, Which which = all>
   struct BackReader {
-    Reader<reverse, reverse> rows;
+    Reader<reverse, reverse, which> rows;
     const Io *dh;
     const State *state[Cell::n_state];
     index_t dh_step, state_step;
@@ -394,10 +415,12 @@ struct GpuSweep {
     SRU_MEMBER BackRow<State> read(index_t k) const {
       BackRow<State> back;
       back.row = rows.read(k);
-      back.dh = load_once_packed<Io, width>(dh + k * dh_step);
-      for (int i = 0; i < Cell::n_state; i++)
+      if (reads(which, bit_of_dh)) back.dh = load_once_packed<Io, width>(dh + k * dh_step);
+      for (int i = 0; i < Cell::n_state; i++) {
+        if (!reads(which, bit_of_dh + 1 + i)) continue;
         back.state[i] = Plan::keep == 1 ? load_once_packed<State, width>(state[i] - k * state_step)
                                         : load_packed<State, width>(state[i] - k * state_step);
+      }
       return back;
     }
     SRU_MEMBER void advance(index_t k) {
@@ -436,11 +459,12 @@ struct GpuSweep {
     real dstate[Cell::n_state];
     real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
 
-    SRU_MEMBER Backward(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed)
+    SRU_MEMBER Backward(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
+                        const real *end)
         : fixed(fixed) {
       rows = (reverse ? 1 : -1) * batch(f.given) * Plan::D;
       start(f, at, span.time(span.end - 1));
-      end_adjoint(f, at, span, dstate);
+      for (int i = 0; i < Cell::n_state; i++) dstate[i] = end[i];
       for (int i = 0; i < Cell::n_per_sequence; i++) dper_sequence[i] = real(0);
       for (int i = 0; i < Cell::n_params; i++) dparam[i] = real(0);
     }
@@ -532,12 +556,12 @@ struct GpuSweep {
 
   // Reads the states that the forward kept before every step. (Where it kept only some, `work` needs none: it is shown
   // the first one each time.)
-  template <int depth, bool reverse, class Work>
+  template <int depth, Which which = all, bool reverse, class Work>
   SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
                                   Work &work) {
     const index_t rows = batch(f.given) * Plan::D * Plan::d, last = span.end - 1, t = span.time(last);
     const index_t offset = at.row(reverse) * Plan::d + at.j, s = Plan::keep == 1 ? last : 0;
-    BackReader<reverse, Saved> from = {{f.given, at, t}, (const Io *)f.dh + t * rows + offset};
+    BackReader<reverse, Saved, which> from = {{f.given, at, t}, (const Io *)f.dh + t * rows + offset};
     for (int i = 0; i < Cell::n_state; i++) from.state[i] = (const Saved *)f.saved[i] + s * rows + offset;
     from.dh_step = reverse ? rows : -rows;
     from.state_step = Plan::keep == 1 ? rows : 0;
@@ -613,19 +637,31 @@ struct GpuSweep {
     }
   }
 
+  // Takes the adjoint of the state back over a span, and writes all that is wanted of it; as forward_span().
+  template <Which which = all, bool reverse, class Around = Plainly>
+  SRU_FN void backward_span(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, real *dstate,
+                            Around around = {}) {
+    const Fixed fixed(f.given, at, reverse);
+    Backward<reverse> work(f, at, span, fixed, dstate);
+    if constexpr (Plan::keep == 1) {
+      auto &&taker = around(work);
+      backward_from_saved<Plan::depth, which>(f, at, span, taker);
+    } else {
+      backward_from_pieces<Plan::depth, Plan::replay_depth>(f, at, span, fixed, work);
+    }
+    work.finish(f, at, span);
+    work.pad(f, at, span);
+    for (int i = 0; i < Cell::n_state; i++) dstate[i] = work.dstate[i];
+  }
+
   template <bool reverse>
   SRU_FN void backward_direction(const BackwardArguments<Cell> &f) {
     const Part at(f.given);
     if (at.idle) return;
     const Span<reverse> span(f.given, at, blockIdx.z);
-    const Fixed fixed(f.given, at, reverse);
-    Backward<reverse> work(f, at, span, fixed);
-    if constexpr (Plan::keep == 1)
-      backward_from_saved<Plan::depth>(f, at, span, work);
-    else
-      backward_from_pieces<Plan::depth, Plan::replay_depth>(f, at, span, fixed, work);
-    work.finish(f, at, span);
-    work.pad(f, at, span);
+    real dstate[Cell::n_state];
+    end_adjoint(f, at, span, dstate);
+    backward_span(f, at, span, dstate);
   }
 
   SRU_FN void backward(const BackwardArguments<Cell> &f) {
@@ -669,12 +705,14 @@ struct GpuSweep {
       forward(const __grid_constant__ ForwardArguments<Cell> f) {                                        \
     GpuSweep<Cell, Io, Saved, wide, Plan>::forward(f);                                                   \
   }
-#define SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)                                                          \
-  static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree");             \
-  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                                      \
-      backward(const __grid_constant__ BackwardArguments<Cell> f) {                                                   \
-    GpuSweep<Cell, Io, Saved, wide, Plan>::backward(f);                                                               \
-  }                                                                                                                   \
+#define SRU_GPU_BACKWARD(Cell, Io, Saved, wide, Plan, bytes)                                              \
+  static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree"); \
+  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                          \
+      backward(const __grid_constant__ BackwardArguments<Cell> f) {                                       \
+    GpuSweep<Cell, Io, Saved, wide, Plan>::backward(f);                                                   \
+  }                                                                                                       \
+  SRU_GPU_SUMS(Cell, Io, Saved, wide, Plan)
+#define SRU_GPU_SUMS(Cell, Io, Saved, wide, Plan)                                                                     \
   extern "C" __global__ void __launch_bounds__(256) sum_partials(const __grid_constant__ BackwardArguments<Cell> f) { \
     GpuSweep<Cell, Io, Saved, wide, Plan>::sum_partials(f);                                                           \
   }

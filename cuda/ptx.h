@@ -64,6 +64,26 @@ SRU_STORE_ONCE_2(double2, "f64", "d")
 #undef SRU_STORE_ONCE_2
 
 // ------------------------------------------------------------------------------------------------------------------
+// Flags by which blocks tell each other what they have written. What a thread and, before a barrier, the others of its
+// block have written is seen by whoever then sees the flag: after acquire_flags() at once, after look_at() not yet.
+
+SRU_PTX void release_flag(unsigned int *p, unsigned int value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
+}
+SRU_PTX unsigned int look_at(const unsigned int *p) {
+  unsigned int value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return value;
+}
+// The first `count` of n flags, all asked for at once; 0 for the others.
+template <int n>
+SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int *values) {
+#pragma unroll
+  for (int i = 0; i < n; i++) values[i] = i < count ? look_at(p + i) : 0;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // 16-bit formats as bits; rounding is to nearest even. Of a pair, `low` is in the lower half, at the lower address.
 
 SRU_PTX float half_to_float(unsigned short h) {

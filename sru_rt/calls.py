@@ -20,7 +20,6 @@ from .variant import Variant
 _ADDRESS = 512  # any, aligned as memory of CuPy is
 MANY = 1 << 20  # steps; kernels depend on their number only where it is 1, less than `every` is to be, or too small for
 # chunks of time
-_CHUNK = 64  # steps of a chunk, any number
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Call:
     def passes(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.every else ("forward",)
 
-    def plan(self, which: str, B: int, device: Device, cut: tuple[bool, bool] = (False, False)) -> Plan:
+    def plan(self, which: str, B: int, device: Device, cut: tuple[int, int] = (0, 0)) -> Plan:
         """The plan of the pass `which` for one batch size, that is compiled in.
 
-        `cut` says whether forward and backward are in chunks of time.
+        `cut` are the steps of a chunk of time in forward and backward, 0 for none.
         """
         arguments = self._forward(B, cut) if which == "forward" else self._backward(B, cut)
         return replace(plan(self.variant, arguments, device), B=B)
@@ -68,21 +67,21 @@ class Call:
         cuts = dict.fromkeys(cut for B in sizes for cut in self._cuts(B, device))
         return list(dict.fromkeys(replace(self.plan(which, B, device, cut), B=0) for cut in cuts for B in sizes))
 
-    def _cut(self, B: int, device: Device) -> tuple[bool, bool]:
+    def _cut(self, B: int, device: Device) -> tuple[int, int]:
         sizes = self.L, B, self.D, self.d
         forward, backward = (
-            chunks.length(self.variant, sizes, forward, self.time_parallel, device) > 0 for forward in (True, False)
+            chunks.length(self.variant, sizes, forward, self.time_parallel, device) for forward in (True, False)
         )
         return forward, backward
 
-    def _cuts(self, B: int, device: Device) -> list[tuple[bool, bool]]:
-        return [self._cut(B, device), *([(False, False)] if self.L == MANY else [])]
+    def _cuts(self, B: int, device: Device) -> list[tuple[int, int]]:
+        return [self._cut(B, device), *([(0, 0)] if self.L == MANY else [])]
 
-    def _forward(self, B: int, cut: tuple[bool, bool] = (False, False)) -> abi.Forward:
+    def _forward(self, B: int, cut: tuple[int, int] = (0, 0)) -> abi.Forward:
         states = [_ADDRESS] * len(self.cell.state)
         return abi.Forward(self._given(B, cut[0]), h=_ADDRESS, c_last=states, saved=states)
 
-    def _backward(self, B: int, cut: tuple[bool, bool] = (False, False)) -> abi.Backward:
+    def _backward(self, B: int, cut: tuple[int, int] = (0, 0)) -> abi.Backward:
         states = [_ADDRESS] * len(self.cell.state)
         return abi.Backward(
             self._given(B, cut[1]),
@@ -96,10 +95,10 @@ class Call:
             dper_sequence=(),
             dparams=(),
             dc0=(),
-            saved_chunk=chunks.counted_in(self.cell, _CHUNK * cut[0]),
+            saved_chunk=chunks.counted_in(self.cell, cut[0]),
         )
 
-    def _given(self, B: int, cut: bool) -> abi.Given:
+    def _given(self, B: int, cut: int) -> abi.Given:
         """All that the planner reads; the rest is the same to a kernel, or comes with the launch."""
         return abi.Given(
             L=self.L,
@@ -116,8 +115,8 @@ class Call:
             params=(),
             c0=(),
             constants=(),
-            chunk=_CHUNK * cut,
-            carry=_ADDRESS * cut,
+            chunk=cut,
+            carry=_ADDRESS if cut else 0,
         )
 
     def _wants(self, array: Array) -> bool:

@@ -16,12 +16,13 @@ from . import costs, predict
 from .cell import Cell
 from .dtypes import state_dtype
 from .machine import SCHEDULERS, Device, Machine, usual
+from .shared_memory import shared_channels, state_bytes, tile, tile_threads
 from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
 from .variant import Variant
 
 DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)
+_DEPTH_OF_NOTHING = 4  # steps of a loop for which all lies in shared memory
 THREADS = (32, 64, 128, 256)
-SHARED_BYTES = 48 << 10  # of one block, on every architecture
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
 _RING_REGISTERS = {"forward": 128, "backward": 112, "from pieces": 72, "replay": 72, "reduce": 112}
@@ -54,6 +55,8 @@ class Task(NamedTuple):
     pairs: bool = False  # whether two channels can be read at once
     one_step: bool = False
     in_shared: bool = False  # whether recomputed states lie in shared memory
+    one_kernel: bool = True  # rather than three, for chunks whose steps compose
+    tile: int = 0  # steps of a tile, 0 if there is none
 
     @property
     def sweep(self) -> str:
@@ -65,9 +68,21 @@ class Task(NamedTuple):
         return self.parallel and shoots(self.variant.cell, self.forward)
 
     @property
-    def block(self) -> int:
-        """Channels of the largest block."""
-        return shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
+    def looks_ahead(self) -> bool:
+        """Whether chunks go through one kernel: see cuda/gpu_lookahead.h."""
+        return self.parallel and self.one_kernel and not self.shoots
+
+    def held(self, width: int) -> dict[int, int]:
+        """What a tile of `width` channels a thread holds, if there is room: see `shared_memory.tile`."""
+        found = tile(self.variant, self.forward, self.every) if self.looks_ahead and self.tile else {}
+        return found if tile_threads(self.tile, width * sum(found.values())) else {}
+
+    def block(self, width: int) -> int:
+        """Threads of the largest block."""
+        if held := self.held(width):
+            return tile_threads(self.tile, width * sum(held.values()))
+        channels = shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
+        return channels // width // 32 * 32
 
 
 class Choice(NamedTuple):
@@ -80,8 +95,9 @@ class Choice(NamedTuple):
     threads: int
 
     def kernel(self, task: Task) -> predict.Kernel:
-        """What the sweep takes."""
-        states = task.every * self.threads * self.width * state_bytes(task.variant) if task.in_shared else 0
+        """What the sweep takes, of a tile that is there already."""
+        held = [*task.held(self.width).values()]
+        states = task.every * state_bytes(task.variant) if task.in_shared else 0
         return costs.sweep(
             task.variant,
             task.forward,
@@ -90,8 +106,18 @@ class Choice(NamedTuple):
             depth=self.depth,
             replay_depth=self.replay_depth,
             threads=self.threads,
-            shared=states,
+            shared=self.threads * self.width * (states + task.tile * sum(held)),
+            held=held,
         )
+
+    def looking_ahead(self, task: Task, chunk: int) -> tuple[predict.Kernel, predict.Kernel]:
+        """What both sweeps of one kernel take over a chunk, which are compiled as one."""
+        first, then = _summaries(task, self, self.reduce_depth), self.kernel(task)
+        registers = max(first.registers, then.registers)
+        if task.every < 2 and not task.held(self.width):
+            again = sum(reduced(task.variant, task.forward, keep=1))
+            then = then._replace(reads=then.reads - again, again=again, every=chunk)
+        return first._replace(registers=registers), then._replace(registers=registers)
 
 
 def shoots(cell: Cell, forward: bool) -> bool:
@@ -125,25 +151,16 @@ def batches(row: int, device: Device) -> Iterator[int]:
             yield B
 
 
-def state_bytes(variant: Variant) -> int:
-    return ITEMSIZE[state_dtype(variant.dtype)] * len(variant.cell.state)
-
-
-def shared_channels(variant: Variant, every: int) -> int:
-    """Channels of which a block has room for the states of a piece."""
-    return SHARED_BYTES // (every * state_bytes(variant))
-
-
 @lru_cache(maxsize=4096)
 def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     """The choice for the load `at`."""
     at, machine = _LOAD_IN_CHUNKS if task.parallel else at, _cautious(arch, multiprocessors)
     # Three sweeps of pairs in both directions would have no room in the registers.
-    wide = task.pairs and task.block >= 2 * THREADS[0] and not (task.parallel and task.sweep == "from pieces")
+    wide = task.pairs and task.block(2) >= THREADS[0] and not (task.parallel and task.sweep == "from pieces")
     found: dict[Choice, predict.Time] = {}
     for width in (2, 1) if wide else (1,):
-        threads = min(_threads(task, at / width, machine), task.block // width // 32 * 32)
-        replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task), width)
+        threads = min(_threads(task, at / width, machine), task.block(width))
+        replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task, width), width)
         for depth in depths:
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at)
@@ -183,13 +200,15 @@ def _threads(task: Task, packs: float, machine: Machine) -> int:
     return _THREADS_IN_CHUNKS if task.parallel else enough
 
 
-def _read(task: Task) -> Sequence[int]:
-    return read(task.variant, task.forward, min(task.every, 2))
+def _read(task: Task, width: int) -> Sequence[int]:
+    """Sizes of what a step reads from memory."""
+    held = task.held(width)
+    return [size for i, size in enumerate(read(task.variant, task.forward, min(task.every, 2))) if i not in held]
 
 
 def _replays(task: Task, width: int) -> Sequence[int]:
     if task.shoots:  # few threads settle chunks, as many as a sequential kernel has: as deep as registers allow
-        return (max(_depths(task, "settle", _read(task), width)),)
+        return (max(_depths(task, "settle", _read(task, width), width)),)
     used = task.sweep == "from pieces"
     return _depths(task, "replay", replayed(task.variant), width) if used else (1,)
 
@@ -206,13 +225,16 @@ def _reductions(task: Task, width: int) -> Sequence[int]:
 def _summaries(task: Task, choice: Choice, depth: int) -> predict.Kernel:
     if task.shoots:
         return costs.guesses(task.variant, width=choice.width, depth=depth, threads=choice.threads)
-    return costs.summaries(task.variant, task.forward, width=choice.width, depth=depth, threads=choice.threads)
+    found = costs.summaries(task.variant, task.forward, width=choice.width, depth=depth, threads=choice.threads)
+    return found._replace(shared=choice.kernel(task).shared) if task.looks_ahead else found
 
 
 def _depths(task: Task, sweep: str, streams: Sequence[int], width: int) -> Sequence[int]:
     """The depths of rings that fit into the registers; `streams` are the sizes of what a step reads."""
     if task.one_step:
         return (1,)
+    if not streams and not task.flags:
+        return (_DEPTH_OF_NOTHING,)
     if task.parallel and sweep in ("from pieces", "replay"):
         sweep += " in chunks"
     words = sum(max(1, size * width // 4) for size in streams) + task.flags

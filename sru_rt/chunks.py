@@ -1,8 +1,9 @@
 """Decides whether a recurrence on a GPU runs in parallel over time, and in chunks of how many steps.
 
-The steps of a chunk follow each other, and chunks run at once: see cuda/gpu_scan.h. Results are rounded otherwise than
-those of the sequential kernels, by how time is cut, so nothing here depends on what is kept for a backward. What is
-faster the model of `predict` says, by the load alone (see `choose`), so that `calls` can list what may be compiled.
+The steps of a chunk follow each other, and chunks run at once: see cuda/gpu_lookahead.h and cuda/gpu_shoot.h. Results
+of the former are rounded otherwise than those of the sequential kernels, by how time is cut, so nothing here depends on
+what is kept for a backward. What is faster the model of `predict` says, by the load alone (see `choose`), so that
+`calls` can list what may be compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .cell import Cell
 from .choose import Choice, Task, choose, load, rounded, shoots, warm_up
 from .dtypes import state_dtype
 from .machine import Device, Machine, of
+from .shared_memory import chunk_of_tile, tile_steps
 from .traffic import ITEMSIZE, reduced
 from .variant import Variant
 
@@ -42,10 +44,19 @@ def counted_in(cell: Cell, chunk: int) -> int:
     return 0 if shoots(cell, forward=True) else chunk
 
 
-def carried(cell: Cell, forward: bool) -> int:
-    """Rows of the scratch that a chunk has: see `carry` in cuda/arguments.h."""
-    n = len(cell.state)
-    return 3 * n if shoots(cell, forward) else n * (n + 1)
+def carried(cell: Cell, forward: bool, sizes: tuple[int, int, int, int], chunk: int) -> int:
+    """Elements of the scratch for what chunks of `sizes` L, B, D, d leave to each other, in the dtype of the state.
+
+    For each chunk, three states where it guesses; or A and b, and where one kernel composes them a state, and of up to
+    32 channels a word, with one more in all: see cuda/gpu_lookahead.h.
+    """
+    (L, B, D, d), n = sizes, len(cell.state)
+    rows, words = n * (n + 1), 0
+    if shoots(cell, forward):
+        rows = 3 * n
+    elif plan.in_one_kernel(plan.overrides()):
+        rows, words = n * (n + 2), count(L, chunk) * D * count(B * d, 32) + 1
+    return count(L, chunk) * rows * B * D * d + words
 
 
 def count(L: int, chunk: int) -> int:
@@ -69,7 +80,9 @@ def length(
     """
     if time_parallel is False:
         return 0
-    return _length(variant, sizes, forward, time_parallel, device, plan.overrides().get("chunk", 0))
+    chosen = plan.overrides()
+    one_kernel = plan.in_one_kernel(chosen)
+    return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), one_kernel)
 
 
 @lru_cache(maxsize=4096)
@@ -80,11 +93,12 @@ def _length(
     time_parallel: bool | str,
     device: Device,
     chosen: int,
+    one_kernel: bool,
 ) -> int:
     L, B, D, d = sizes
     if L < 2 or not B * D * d or not possible(variant.cell, forward):
         return 0
-    task = _task(variant, forward, d)
+    task = _task(variant, forward, d, one_kernel)
     at = _MIDDLE * load(B * D * d, device)
     chunk = _fitting(L, chosen) if chosen else _best(task, L, D * d, at, device)
     if chunk >= L:
@@ -99,15 +113,21 @@ def _fitting(L: int, chunk: int) -> int:
     return chunk
 
 
-def _task(variant: Variant, forward: bool, d: int) -> Task:
+def _task(variant: Variant, forward: bool, d: int, one_kernel: bool = True) -> Task:
     """What is compared: nothing is kept in a forward, every state in a backward, in its own dtype."""
     usual = Variant(variant.cell, variant.dtype, state_dtype(variant.dtype), variant.wide)
-    return Task(usual, forward, 0 if forward else 1, pairs=ITEMSIZE[variant.dtype] == 2 and d % 2 == 0)
+    pairs = ITEMSIZE[variant.dtype] == 2 and d % 2 == 0
+    return Task(usual, forward, 0 if forward else 1, pairs=pairs, one_kernel=one_kernel)
 
 
 @lru_cache(maxsize=1024)
 def _best(task: Task, L: int, row: int, at: float, device: Device) -> int:
-    """The power of two that the model finds fastest, within limits and below L if there is one; `row` is D*d."""
+    """That of a tile; else the power of two that the model finds fastest, within limits and below L if there is one.
+
+    `row` is D*d.
+    """
+    if task._replace(parallel=True).looks_ahead:
+        return _fitting(L, chunk_of_tile(task.variant, task.forward))
     shortest = _fitting(L, _SHORTEST)
     longest = max(shortest, min(_LONGEST, L - 1))
     lengths = [n for k in range(31) if shortest <= (n := _SHORTEST << k) <= longest]
@@ -135,7 +155,7 @@ def sequential(task: Task, L: float, row: int, at: float, device: Device) -> Ite
 
 def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -> Iterator[predict.Time]:
     """The kernels of a pass in parallel over time, in their order."""
-    machine, task = of(device), task._replace(parallel=True)
+    machine, task = of(device), task._replace(parallel=True, tile=tile_steps(chunk))
     choice, n, channels = _chosen(task, at, device), count(L, chunk), at * machine.multiprocessors
     width, threads = choice.width, choice.threads
     if task.shoots:
@@ -144,6 +164,11 @@ def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Devic
         yield predict.sweep(machine, choice.kernel(task), channels * n, chunk)
         yield predict.sweep(machine, costs.ends(task.variant, width, threads), channels * (n - 1), 1)
         yield predict.sweep(machine, costs.ends(task.variant, width, threads), channels, n - 1)
+        return
+    if task.looks_ahead:
+        yield predict.sweep(machine, costs.clear(), channels * n / (width * threads), 1)
+        yield predict.looking_ahead(machine, *choice.looking_ahead(task, chunk), channels * n, chunk)
+        yield from _sums(task, machine, n, row, at)
         return
     first = costs.summaries(task.variant, task.forward, width=width, depth=choice.reduce_depth, threads=threads)
     yield predict.sweep(machine, first, channels * (n - 1), chunk)

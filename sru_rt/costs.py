@@ -7,7 +7,7 @@ kernels (tests/gpu_budget.json), of which tests/test_machine.py says how near th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -39,13 +39,17 @@ def sweep(
     replay_depth: int = 1,
     threads: int = 32,
     shared: int = 0,
+    held: Sequence[int] = (),
 ) -> Kernel:
-    """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all."""
+    """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
+
+    `held` are the sizes of what it reads from shared memory.
+    """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
     instructions, special = _instructions(variant, forward, again, width)
     return Kernel(
-        reads=reads,
+        reads=reads - sum(held),
         writes=writes,
         again=sum(replayed(variant)) if again else 0,
         width=width,
@@ -53,7 +57,7 @@ def sweep(
         replay_depth=replay_depth if again else 0,
         every=max(1, every),
         threads=threads,
-        registers=_registers(variant, forward, again, width, depth, replay_depth),
+        registers=_registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
         special=special,
@@ -131,6 +135,11 @@ def fold(variant: Variant, width: int = 1, threads: int = 64) -> Kernel:
     )
 
 
+def clear() -> Kernel:
+    """The kernel that clears the words of chunks that look ahead; its channels are words."""
+    return Kernel(reads=0, writes=4, threads=256, instructions=_STEP)
+
+
 def sums(variant: Variant) -> Kernel:
     """The kernel that adds up sums of sequences and chunks, eight threads a column; its steps are rows of a thread."""
     return Kernel(reads=ITEMSIZE[state_dtype(variant.dtype)], writes=0, depth=4, threads=256, instructions=4, chain=4)
@@ -142,13 +151,16 @@ def _words(streams: Iterable[int], width: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _registers(variant: Variant, forward: bool, again: bool, width: int, depth: int, replay_depth: int) -> int:
+def _registers(
+    variant: Variant, forward: bool, again: bool, width: int, depth: int, replay_depth: int, held: int
+) -> int:
+    """`held` are the words of a step that no ring has."""
     item = ITEMSIZE[variant.dtype]
     steps = [item] * (len(variant.cell.gates) + len(variant.cell.inputs))
     if forward:
-        return min(255, round(24 + 1.45 * depth * _words(steps, width)))
+        return min(255, round(24 + 1.45 * depth * (_words(steps, width) - held)))
     kept = [ITEMSIZE[state_dtype(variant.dtype)] * (width if again else 1)] * len(variant.cell.state)
-    ring = depth * _words([*steps, item, *kept], width)
+    ring = depth * (_words([*steps, item, *kept], width) - held)
     if again:
         return min(255, round(60 + 1.1 * (ring + replay_depth * _words(replayed(variant), width))))
     return min(255, round(50 + 1.1 * ring + 14 * (width - 1)))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import abi, chunks, compile_gpu, plan, settings
+from . import abi, chunks, compile_gpu, plan, settings, shared_memory
 from .errors import LibraryError
 from .machine import Device
 from .plan import Plan
@@ -75,12 +75,12 @@ def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -
     g = arguments.given
     together, apart, single = [g.gates], [*g.inputs], [*arguments.saved]
     wanted: tuple[bool, ...] = ()
-    parts: tuple[bool, ...] = (g.chunk > 0,)
+    parts: tuple[int, ...] = (g.chunk > 0, shared_memory.tile_steps(g.chunk))
     if isinstance(arguments, abi.Backward):
         together.append(arguments.dgates)
         apart += arguments.dinputs
         single += [arguments.dh, *arguments.states]
-        parts = (g.chunk > 0, arguments.saved_chunk > 0)
+        parts = (*parts, arguments.saved_chunk > 0)
         slots = (*arguments.dgates, *arguments.dinputs, *arguments.dparams, *arguments.dper_sequence)
         wanted = tuple([s.pointer != 0 for s in slots])
     else:
@@ -107,7 +107,7 @@ def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: in
 
 def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[str, _Function]) -> list[_Kernel]:
     grid, block = made.grid(given.B), (made.threads, 1, 1)
-    shared = plan.shared_bytes(variant, made, given.every)
+    shared = plan.shared_bytes(variant, made, given.every, given.chunk)
     sweep = functions["forward" if made.forward else "backward"]
     if not made.parallel:
         return [_Kernel(sweep, grid, block, shared)]
@@ -117,6 +117,8 @@ def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[s
             _Kernel(functions["mend"], grid, block, chunks=1),
             _Kernel(functions["settle"], grid, block),
         ]
+    if made.lookahead:
+        return [_Kernel(functions["clear"], (16, 1, 1), (256, 1, 1)), _Kernel(sweep, grid, block, shared, chunks=0)]
     states = shared if made.reduce_reads_state else 0
     return [
         _Kernel(functions["reduce"], grid, block, states, chunks=1),

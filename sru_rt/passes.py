@@ -272,8 +272,7 @@ class Passes:
         """Scratch for what chunks of time leave to each other; the last of the results."""
         if not chunk:
             return []
-        L, *others = self._shape
-        return [Layout((chunks.count(L, chunk), chunks.carried(self._cell, forward), *others), self._acc)]
+        return [Layout((chunks.carried(self._cell, forward, self._shape, chunk),), self._acc)]
 
     def _each(self, address: int, elements: int) -> list[int]:
         """The addresses of the states that follow upon each other."""

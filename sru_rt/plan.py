@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import abi, settings
-from .choose import SHARED_BYTES, THREADS, Task, choose, load, shared_channels, shoots, state_bytes, warm_up
+from . import abi, settings, shared_memory
+from .choose import THREADS, Task, choose, load, shoots, warm_up
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
 from .machine import Device
+from .shared_memory import shared_channels, state_bytes, tile, tile_steps, tile_threads
 from .traffic import ITEMSIZE, reduction_reads_state
 from .variant import Variant
 
@@ -28,8 +29,10 @@ class Plan:
 
     `B` is 0 where the batch size is given at run time. `keep` is 1 if the state before every step is kept, 2 if one is
     every K steps, 0 if none is. Bit i of `wants_inputs` says that the gradient of input i is wanted. `parallel` is
-    over time, in chunks; `reduce_reads_state` says that summaries of a backward depend on the states, and
-    `saved_in_chunks` that the forward was parallel, and counted the states that it kept anew in each chunk.
+    over time, in chunks, by one kernel if `lookahead`; `reduce_reads_state` says that summaries of a backward depend
+    on the states, and `saved_in_chunks` that the forward was parallel, and counted the states that it kept anew in
+    each chunk. `in_tile` has a bit for each value of a step, in the order of traffic.read(), that is kept in shared
+    memory when it is first read.
     """
 
     forward: bool
@@ -50,9 +53,12 @@ class Plan:
     wants_inputs: int = 0
     scratch_in_shared: bool = False
     parallel: bool = False
+    lookahead: bool = False
     warm_up: int = 0  # steps that a chunk makes its guess of; 0: it need not guess
     reduce_reads_state: bool = False
     saved_in_chunks: bool = False
+    in_tile: int = 0
+    tile_bytes: int = 0  # of one step of a thread
 
     @property
     def shoots(self) -> bool:
@@ -66,7 +72,8 @@ class Plan:
             return "forward", "mend", "settle"
         names = ("forward",) if self.forward else ("backward", "sum_partials")
         if self.parallel:
-            names = ("reduce", "fold", *names, *(() if self.forward else ("sum_chunks",)))
+            before = ("clear",) if self.lookahead else ("reduce", "fold")
+            names = (*before, *names, *(() if self.forward else ("sum_chunks",)))
         return names
 
     def grid(self, B: int) -> tuple[int, int, int]:
@@ -94,6 +101,8 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         pairs=pairs,
         one_step=given.L == 1,
         in_shared=key.scratch_in_shared,
+        one_kernel=in_one_kernel(overrides()),
+        tile=tile_steps(given.chunk),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
@@ -106,15 +115,18 @@ def needs_scratch(variant: Variant, every: int) -> bool:
     return every > 1 and shared_channels(variant, every) < THREADS[0]
 
 
-def shared_bytes(variant: Variant, plan: Plan, every: int) -> int:
-    """Dynamic shared memory of a block: the states that it recomputes."""
-    return every * plan.threads * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
+def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> int:
+    """Dynamic shared memory of a block: the states that it recomputes, or the tile."""
+    states = every * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
+    return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     """What follows from the arguments alone."""
     given = arguments.given
     forward = isinstance(arguments, abi.Forward)
+    chosen, cut = overrides(), given.chunk > 0
+    guesses = cut and shoots(variant.cell, forward)
     wants_gates, wants_inputs = False, 0
     if isinstance(arguments, abi.Backward):
         wants_gates = any(slot.pointer for slot in arguments.dgates)
@@ -137,12 +149,11 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         wants_gates=wants_gates,
         wants_inputs=wants_inputs,
         scratch_in_shared=not forward and given.every > 1 and not needs_scratch(variant, given.every),
-        parallel=given.chunk > 0,
-        warm_up=overrides().get("warm_up") or warm_up(variant)
-        if given.chunk > 0 and shoots(variant.cell, forward)
-        else 0,
+        parallel=cut,
+        lookahead=cut and not guesses and in_one_kernel(chosen),
+        warm_up=chosen.get("warm_up", warm_up(variant)) if guesses else 0,
         saved_in_chunks=isinstance(arguments, abi.Backward) and arguments.saved_chunk > 0 and given.every > 1,
-        reduce_reads_state=given.chunk > 0 and not forward and reduction_reads_state(variant.cell),
+        reduce_reads_state=cut and not forward and reduction_reads_state(variant.cell),
     )
 
 
@@ -203,6 +214,11 @@ def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> boo
     return not any(pointer % (2 * size) for pointer, size in places) and not any(stride % 2 for stride in strides)
 
 
+def in_one_kernel(chosen: Mapping[str, int]) -> bool:
+    """Whether chunks go through one kernel where steps compose, not three; `chosen` is what SRU_RT_PLAN says."""
+    return bool(chosen.get("lookahead", 1))
+
+
 def overrides() -> dict[str, int]:
     """What SRU_RT_PLAN says. Raises ArgumentError where it is not understood."""
     chosen = settings.plan()
@@ -211,13 +227,14 @@ def overrides() -> dict[str, int]:
         "depth": range(1, 65),
         "threads": range(32, 1025, 32),
         "chunk": range(1, 1 << 31),
+        "lookahead": (0, 1),
         "warm_up": range(1, 1 << 31),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, warm_up=1 or more, separated by commas"
+                "chunk=1 or more, lookahead=0 or 1, warm_up=1 or more, separated by commas"
             )
     return chosen
 
@@ -236,10 +253,20 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
     )
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
-    every = arguments.given.every
-    if (needed := shared_bytes(variant, made, every)) > SHARED_BYTES:
+    every, chunk = arguments.given.every, arguments.given.chunk
+    made = _tiled(made, variant, every, tile_steps(chunk))
+    if (needed := shared_bytes(variant, made, every, chunk)) > shared_memory.SHARED_BYTES:
         raise ArgumentError(
             f"SRU_RT_PLAN asks for blocks of {made.threads} threads of {made.width} channels, which need {needed} "
-            f"bytes of shared memory for {every} states; there are {SHARED_BYTES}: choose fewer threads"
+            f"bytes of shared memory for {every} states; there are {shared_memory.SHARED_BYTES}: choose fewer threads"
         )
     return made
+
+
+def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
+    """The plan with a tile of `steps` steps, if a block has room for it."""
+    held = tile(variant, made.forward, every) if made.lookahead and steps else {}
+    step_bytes = made.width * sum(held.values())
+    if made.threads > tile_threads(steps, step_bytes):
+        return made
+    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=step_bytes)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .machine import REGISTERS, SCHEDULERS, Machine
 
 _LINES = 2  # latencies before the first step: of what is read once, and of the ring
+_LOOKS = 5  # latencies of a block that looks ahead: of its number, of words twice, of summaries, of a publication
 
 
 class Kernel(NamedTuple):
@@ -104,6 +105,20 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
         fill=waves * _LINES * machine.latency,
         launch=machine.launch,
     )
+
+
+def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float, steps: float) -> Time:
+    """The time of a kernel that takes chunks, counted as channels, by two sweeps, and looks ahead in between.
+
+    Blocks are at all points of this at once, so that while one waits, others move bytes.
+    """
+    before, behind = (sweep(machine, kernel, channels, steps) for kernel in (first, then))
+    looks = before.fill * _LOOKS / _LINES
+    if not then.reads + then.again:  # all of it lies in shared memory
+        behind = behind._replace(in_flight=0, fill=0)
+    total = Time(*map(sum, zip(before, behind)))
+    waits = total.fill + looks
+    return total._replace(in_flight=total.in_flight + waits, fill=_LINES * machine.latency, launch=machine.launch)
 
 
 def occupancy(machine: Machine, kernel: Kernel) -> int:

@@ -118,9 +118,8 @@ def _carry(operands: Operands, chunk: int, forward: bool) -> NDArray | None:
     """Scratch for what chunks of time leave to each other."""
     if not chunk:
         return None
-    L, *others = operands.sizes
-    shape = chunks.count(L, chunk), chunks.carried(operands.cell, forward), *others
-    return operands.library.empty(shape, operands.accumulator)
+    elements = chunks.carried(operands.cell, forward, operands.sizes, chunk)
+    return operands.library.empty((elements,), operands.accumulator)
 
 
 class Prepared(NamedTuple):

@@ -49,13 +49,13 @@ def cpu_kernel(cell_text: str, struct_name: str, dtype: str, saved_dtype: str, w
 def gpu_kernel(
     cell_text: str, struct_name: str, dtype: str, saved_dtype: str, wide: int, plan: Plan, struct_bytes: int
 ) -> str:
-    """The compile unit of one pass of a cell under a plan; see the ends of gpu_sweep.h, gpu_scan.h and gpu_shoot.h."""
+    """The compile unit of one pass of a cell under a plan; see the end of the header that it includes."""
     types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags: tuple[str, ...] = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
     flags += ("parallel", "shoots", "reduce_reads_state", "saved_in_chunks")
-    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep")
-    way = "shoot" if plan.shoots else "scan" if plan.parallel else ""
+    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep", "tile_bytes")
+    way = "shoot" if plan.shoots else "lookahead" if plan.lookahead else "scan" if plan.parallel else ""
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"
 {cell_text}
@@ -63,7 +63,7 @@ struct plan {{
   static constexpr int {", ".join(f"{name} = {getattr(plan, name)}" for name in numbers)};
   static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, gate_stride = {plan.gate_stride};
   static constexpr bool {", ".join(f"{name} = {str(getattr(plan, name)).lower()}" for name in flags)};
-  static constexpr unsigned wants_inputs = {plan.wants_inputs}u;
+  static constexpr unsigned wants_inputs = {plan.wants_inputs}u, in_tile = {plan.in_tile}u;
   SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}
 }};
 SRU_GPU_{entry}({types}, plan, {struct_bytes})

@@ -53,6 +53,16 @@ def reduced(variant: Variant, forward: bool, keep: int) -> list[int]:
     return sizes if forward or not reduction_reads_state(variant.cell) else sizes + _states(variant, keep)
 
 
+def summarised(variant: Variant, forward: bool) -> int:
+    """The same as bits: bit i stands for element i of `read`."""
+    used, cell = _in_summary(variant.cell, forward), variant.cell
+    names = [*_inputs(variant)]
+    if not forward:
+        names += [ADJOINT_OF_H, *cell.state]
+        used |= set(cell.state) if reduction_reads_state(cell) else set()
+    return sum(1 << i for i, name in enumerate(names) if name in used)
+
+
 def reduction_reads_state(cell: Cell) -> bool:
     """Whether summaries of a backward depend on the states."""
     return not _in_summary(cell, forward=False).isdisjoint(cell.state)

@@ -28,6 +28,7 @@ CASES = SMALL | CHUNKED
 def main(names: list[str], orders: list[int], sources: Path | None) -> None:
     if sources:
         fake_cupy.CUDA_SOURCES = sources
+    os.environ["SRU_RT_EMU_RESIDENT"] = "5"  # blocks, some of which wait for others
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory() as cache,

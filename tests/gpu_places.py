@@ -18,7 +18,7 @@ import pytest
 
 from emu import emulator, fake_cupy
 from problems import CELLS, FULL, Cell, Problem, Row, compare
-from sru_rt import choose, launch_gpu, on_cupy, plan
+from sru_rt import choose, launch_gpu, on_cupy, plan, shared_memory
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def forget_kernels() -> None:
     launch_gpu._load.cache_clear()
     launch_gpu.device_facts.cache_clear()
     plan._batches.clear()
+    choose.choose.cache_clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class Way:
     def go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SRU_RT_PLAN", self.plan)
         monkeypatch.setattr(plan, "MAX_BATCHES", 8 if self.own_batch else 0)
-        monkeypatch.setattr(choose, "SHARED_BYTES", 48 << 10 if self.shared else 0)
+        monkeypatch.setattr(shared_memory, "SHARED_BYTES", 48 << 10 if self.shared else 0)
         forget_kernels()
 
 

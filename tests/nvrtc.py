@@ -290,6 +290,8 @@ def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int)
     totals, missing = dict.fromkeys(("instructions", *_OPERATIONS, *_WIDTHS), 0.0), dict(sweeps)
     for loop in innermost_loops(control_flow(text, kernel)):
         instructions = [operation for block in loop for operation in block.instructions if "NOP" not in operation]
+        if any("LDG" in operation and "STRONG" in operation for operation in instructions):
+            continue  # it waits for other blocks
         loads = _count(instructions, "LDG")
         fitting = [steps for steps, each in sweeps if steps * each == loads]
         for steps in fitting[:1] if _count(instructions, "STG") else fitting[-1:]:

@@ -42,11 +42,13 @@ CLEAN = {
     "asan": Job("asan", "plain pairs recomputed recomputed_pairs per_step basic"),
     "asan, other cells": Job("asan", "qrnn qrnn_recomputed_pairs mingru minlstm", (0, 2)),
     "asan, chunks": Job("asan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess"),
+    "asan, looking ahead": Job("asan", "looking_ahead looking_ahead_recomputed looking_ahead_in_pairs"),
     "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
     "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
     "tsan, 3": Job("tsan", "plain per_step", (2,)),
     "tsan, other cells": Job("tsan", "qrnn_recomputed_pairs mingru minlstm", (1,)),
     "tsan, chunks": Job("tsan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess", (1,)),
+    "tsan, looking ahead": Job("tsan", "looking_ahead looking_ahead_recomputed looking_ahead_in_pairs", (2,)),
 }
 
 HEAP = r"AddressSanitizer: heap-buffer-overflow"
@@ -169,6 +171,42 @@ PLANTED = {
         "(i * batch(a) * Plan::D + at.row(q))",
         RACE,
     ),
+    "publish a summary before all have written": Job(
+        "tsan",
+        "looking_ahead_in_pairs",
+        (0,),
+        "column.write(chunk, sum);\n      __syncthreads();\n",
+        "column.write(chunk, sum);\n",
+        RACE,
+        "gpu_lookahead.h",
+    ),
+    "read a summary at the sight of its flag": Job(
+        "tsan",
+        "looking_ahead",
+        (0,),
+        "acquire_flags<ahead>(flags + from, chunk - from, known);",
+        "for (int i = 0; i < ahead; i++) known[i] = from + i < chunk ? look_at(flags + from + i) : 0;",
+        RACE,
+        "gpu_lookahead.h",
+    ),
+    "share words of flags": Job(
+        "tsan",
+        "looking_ahead",
+        (0,),
+        "(q * columns(a) + block) * count",
+        "q * columns(a) * count",
+        RACE,
+        "gpu_lookahead.h",
+    ),
+    "go beyond the tile": Job(
+        "asan",
+        "looking_ahead",
+        (0,),
+        "step_bytes = Plan::tile_bytes * Plan::threads",
+        "step_bytes = Plan::tile_bytes * Plan::threads * 64",
+        r"AddressSanitizer: use-after-poison",
+        "gpu_tile.h",
+    ),
 }
 
 
@@ -214,5 +252,5 @@ def test_the_kernels_are_clean(name, outcome):
 def test_a_planted_bug_is_reported(name, outcome):
     status, output = outcome(name)
     assert re.search(PLANTED[name].report, output), f"status {status}\n{output[-4000:]}"
-    assert re.search(r"(gpu_sweep|gpu_scan|gpu_shoot|port_gpu)\.h:\d+", output), output[-4000:]
+    assert re.search(r"(gpu_sweep|gpu_scan|gpu_lookahead|gpu_tile|gpu_shoot|port_gpu)\.h:\d+", output), output[-4000:]
     assert status != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sru_rt import choose, chunks, costs, launch_gpu, machine, predict
+from sru_rt import choose, chunks, costs, launch_gpu, machine, predict, shared_memory, traffic
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import state_dtype
 from sru_rt.machine import Device, Machine
@@ -79,6 +80,26 @@ def test_pieces_refill_their_rings():
     ring = dict(depth=64, replay_depth=64, every=32, reads=0)
     assert took(3_200, 3200, **ring).refill == pytest.approx(100 * 2e-6)
     assert took(4 * 12_800, 3200, **ring).refill == pytest.approx(100 * 2e-6 / 4)
+
+
+def ahead(channels: int, steps: int, first: dict, then: dict, **both) -> predict.Time:
+    """Of a kernel whose sweeps read or write as `first` and `then` say."""
+    kernels = (Kernel(**{"reads": 0, "writes": 0, "depth": 64} | kernel | both) for kernel in (first, then))
+    return predict.looking_ahead(ROUND, *kernels, channels, steps)
+
+
+def test_a_kernel_whose_blocks_look_ahead():
+    """It moves the bytes of both sweeps; what a block waits for is time in which others may move theirs."""
+    many = ahead(10_000_000, 64, {"reads": 6}, {"writes": 4}, threads=64)
+    assert many.memory == pytest.approx(64 * 100e-6) and many.bound == "memory"
+    # Blocks of 32 threads, one at a time and ten in all: each waits for the first sweep's two latencies and one of its
+    # ring, and for the five of looking ahead; then for those of the second sweep, if it reads from memory.
+    alone = {"shared": 200 << 10, "threads": 32}
+    few = ahead(32_000, 64, {"reads": 6}, {"writes": 4}, **alone)
+    assert few.in_flight == pytest.approx(10 * 8e-6) and few.bound == "loads in flight"
+    assert few.fill + few.launch == pytest.approx(BEFORE)
+    assert ahead(32_000, 64, {"reads": 6}, {"reads": 1}, **alone).in_flight == pytest.approx(10 * 11e-6)
+    assert ahead(32_000, 64, {"reads": 6}, {"again": 6}, **alone).in_flight == pytest.approx(10 * 11e-6)
 
 
 def test_products():
@@ -175,6 +196,21 @@ def test_chains():
     assert costs.chain(CELLS["sru"], False, True) == 68 + costs.chain(CELLS["sru"], False, False)
 
 
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("chunk, cached", [(32, False), (65, True)])
+def test_what_chunks_in_one_kernel_read(forward, chunk, cached):
+    """Everything once; without a tile, what summaries have read once more from the cache."""
+    for name, dtype in itertools.product(("sru_no_v", "mingru", "qrnn", "minlstm"), ("float32", "bfloat16", "float64")):
+        variant = Variant(CELLS[name], dtype, state_dtype(dtype))
+        task = choose.Task(variant, forward, 1, parallel=True, tile=shared_memory.tile_steps(chunk))
+        sweeps = choose.choose(task, choose.load(9000, Device(90, 132)), 90, 132).looking_ahead(task, chunk)
+        reads, writes = traffic.moved(variant, forward, 1)
+        assert (sum(k.reads for k in sweeps), sum(k.writes for k in sweeps)) == (reads, writes)
+        assert sum(k.again for k in sweeps) == (sum(traffic.reduced(variant, forward, 1)) if cached else 0)
+        assert len({(k.shared, k.registers, k.threads, k.width) for k in sweeps}) == 1
+        assert (sweeps[0].shared > 0) is not cached
+
+
 def test_a_plan_is_never_slower_than_another_by_the_model():
     """The choice is made by predictions, within the two per cent that count as alike."""
     for dtype, forward, B in (("float32", True, 3), ("bfloat16", True, 64), ("bfloat16", False, 16)):
@@ -252,4 +288,4 @@ def test_the_model_is_asked_for_chunks_by_what_is_decided(model):
     few = model.Case("mingru", "bfloat16", 65536, 1, 1024, 1, True, 0)
     cut, times = few.kernels(machine.named("H200"))
     assert cut == chunks.length(few.variant, (65536, 1, 1, 1024), True, "auto", machine.named("H200").device) > 0
-    assert len(times) == 3 and len(few._replace(time_parallel=False).kernels(machine.named("H200"))[1]) == 1
+    assert len(times) == 2 and len(few._replace(time_parallel=False).kernels(machine.named("H200"))[1]) == 1

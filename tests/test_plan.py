@@ -18,6 +18,7 @@ from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import ArgumentError, LibraryError
 from sru_rt.machine import USUAL_MULTIPROCESSORS, Device
 from sru_rt.plan import Plan
+from sru_rt.shared_memory import chunk_of_tile
 from sru_rt.variant import Variant
 
 CELLS = {cell.name: cell for cell in named_cells()}
@@ -265,7 +266,7 @@ def test_the_kernel_text_holds_the_whole_plan():
     changed = dict(width=2, depth=4, threads=64, B=99, D=2, d=2048, gate_stride=7, input_strides=(5,), keep=1)
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
     changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True, warm_up=9)
-    changed |= dict(reduce_reads_state=True, saved_in_chunks=True)
+    changed |= dict(reduce_reads_state=True, saved_in_chunks=True, lookahead=True, in_tile=5, tile_bytes=8)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
@@ -358,8 +359,8 @@ def test_what_can_be_cut():
     [
         ((65, 1, 1, 8), 64),
         ((64, 1, 1, 8), 0),  # one chunk
-        ((200, 64, 1, 1024), 128),  # what the model finds best would be one
-        ((65536, 1, 1, 1024), 1024),
+        ((200, 64, 1, 1024), 64),
+        ((65536, 1, 1, 1024), 64),
         ((2048, 1, 1, 1024), 64),
         ((1 << 27, 1, 1, 1), 4096),  # a grid holds no more than 65535 chunks
         ((1, 1, 1, 8), 0),
@@ -372,24 +373,38 @@ def test_length_of_chunks(sizes, expected):
     assert chunk(sizes, how=False) == 0
 
 
-def seconds(sizes, forward, length, cell=AFFINE, dtype="float32") -> float:
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [((200, 64, 1, 1024), 128), ((65536, 1, 1, 1024), 1024), ((2048, 1, 1, 1024), 64)],  # 128: the best would be one
+)
+def test_length_of_chunks_of_three_kernels(sizes, expected, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "lookahead=0")
+    assert chunk(sizes, how=True) == expected
+
+
+def seconds(sizes, forward, length, one_kernel) -> float:
     """What the model says of one pass, in chunks of `length` steps; 0: of the sequential kernels."""
     L, B, D, d = sizes
-    task, at = chunks._task(variant(cell, dtype), forward, d), 2 ** (1 / 8) * choose.load(B * D * d, H200)
+    task = chunks._task(variant(AFFINE), forward, d, one_kernel)
+    at = 2 ** (1 / 8) * choose.load(B * D * d, H200)
     kernels = (
         chunks.in_chunks(task, L, length, D * d, at, H200) if length else chunks.sequential(task, L, D * d, at, H200)
     )
     return predict.together(kernels)[1]
 
 
+@pytest.mark.parametrize("one_kernel", [True, False])
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("L", [300, 2048, 65536])
-def test_the_fastest_of_all_lengths_is_taken(L, forward):
+def test_the_fastest_is_taken(L, forward, one_kernel, monkeypatch):
+    """Of all lengths for three kernels; one takes chunks of the one length that has a tile."""
+    monkeypatch.setenv("SRU_RT_PLAN", f"lookahead={int(one_kernel)}")
+    lengths = (64,) if one_kernel else (64, 128, 256, 512, 1024)
     for B in (1, 4, 16):
         sizes = L, B, 1, 1024
-        best = min((n for n in (64, 128, 256, 512, 1024) if n < L), key=lambda n: seconds(sizes, forward, n))
+        best = min((n for n in lengths if n < L), key=lambda n: seconds(sizes, forward, n, one_kernel))
         assert chunk(sizes, forward, how=True) == best
-        faster = seconds(sizes, forward, best) < seconds(sizes, forward, 0)
+        faster = seconds(sizes, forward, best, one_kernel) < seconds(sizes, forward, 0, one_kernel)
         assert chunk(sizes, forward) == (best if faster else 0)
 
 
@@ -406,7 +421,7 @@ def test_chunks_fit_a_grid(L, chosen):
 def test_few_channels_are_cut_and_many_are_not(dtype, forward):
     cut = [chunk((4096, B, 1, 256), forward, dtype=dtype) > 0 for B in (1, 4, 8, 16, 32, 64, 128, 256, 512)]
     assert cut == sorted(cut, reverse=True) and cut[0] and not cut[-1]
-    assert chunk((130, 1, 1, 256), forward, how=True, dtype=dtype) == 64
+    assert chunk((130, 1, 1, 256), forward, how=True, dtype=dtype) == (64 if forward or dtype != "float64" else 32)
 
 
 @pytest.mark.parametrize("forward", [True, False])
@@ -418,9 +433,9 @@ def test_longer_sequences_are_cut_if_shorter_ones_are(dtype, forward):
         assert cut == sorted(cut) and not cut[0]
 
 
-@pytest.mark.parametrize("forward, deepest, bytes_moved", [(True, 32, 20 + 8), (False, 16, 40 + 12)])
+@pytest.mark.parametrize("forward, deepest, bytes_moved", [(True, 32, 20), (False, 16, 40)])
 def test_where_it_begins_to_pay(forward, deepest, bytes_moved):
-    """Where the memory takes longer for what is read and written, summaries included, than a ring for its latency."""
+    """Where the memory takes longer for what is read and written, each once, than a ring for its latency."""
     limit = 0.8e-6 / deepest / (bytes_moved / 4.32e12)
     cut = [chunk((1 << 20, 1, 1, int(part * limit)), forward) > 0 for part in (0.5, 0.8, 1.25, 2)]
     assert cut == [True, True, False, False]
@@ -428,7 +443,17 @@ def test_where_it_begins_to_pay(forward, deepest, bytes_moved):
 
 def test_kept_states_of_forwards_that_guess_are_those_of_the_sequential_kernel():
     assert chunks.counted_in(SRU, 64) == 0 and chunks.counted_in(AFFINE, 64) == 64
-    assert [chunks.carried(cell, f) for cell in (SRU, AFFINE) for f in (True, False)] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("cell", [SRU, AFFINE])
+@pytest.mark.parametrize("forward", [True, False])
+def test_scratch(cell, forward, monkeypatch):
+    """Of 3 chunks: begin and two ends, or A, b and a state, with a word for 32 channels and one more, or A and b."""
+    sizes, words = (130, 2, 2, 17), 3 * 2 * 2 + 1
+    guesses = choose.shoots(cell, forward)
+    assert chunks.carried(cell, forward, sizes, 64) == 9 * 68 + (0 if guesses else words)
+    monkeypatch.setenv("SRU_RT_PLAN", "lookahead=0")
+    assert chunks.carried(cell, forward, sizes, 64) == (9 if guesses else 6) * 68
 
 
 def test_what_summaries_read():
@@ -458,15 +483,46 @@ def test_states_kept_of_chunks(L, cut, every, expected):
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("dtype", IO_DTYPES)
 def test_sizes_do_not_change_the_parallel_kernels(dtype, forward):
+    cell = AFFINE if forward else SRU
+    C = chunk_of_tile(variant(cell, dtype), forward)
     plans = {
-        replace(made(dtype, (L, B, 1, 64), forward=forward, every=every, chunk=C), B=0, keep=0)
-        for L, B, every, C in ((65, 1, 1, 64), (65536, 1, 1, 64), (1 << 20, 300, 1, 1024), (2000, 16, 1, 3))
+        replace(made(dtype, (L, B, 1, 64), cell=cell, forward=forward, every=1, chunk=chunk), B=0, keep=0)
+        for L, B, chunk in ((65, 1, C), (65536, 1, C), (1 << 20, 300, C), (2000, 16, C - 3))
     }
     assert len(plans) == 1
     (p,) = plans
     assert p.parallel and p.width == (2 if dtype in ("float16", "bfloat16") else 1) and p.reduce_depth >= 4
-    assert p.kernels[:2] == (("forward", "mend") if forward else ("reduce", "fold"))
-    assert p.warm_up == ((512 if dtype == "float64" else 256) if forward else 0)
+    looks_ahead = ("clear", "forward" if forward else "backward")
+    assert p.kernels[:2] == looks_ahead
+    cut = {"sizes": (65536, 1, 1, 64), "forward": forward, "every": 1}
+    guesses = made(dtype, chunk=64, **cut)
+    assert guesses.kernels[:2] == (("forward", "mend") if forward else looks_ahead)
+    assert guesses.warm_up == ((512 if dtype == "float64" else 256) if forward else 0)
+    assert not forward or guesses == made(dtype, chunk=1024, **cut)
+
+
+def test_what_a_tile_holds():
+    """Of SRU without v the summaries read u0 and uf forward, and uf, ur and dh backward; with v backward everything."""
+    given = {"sizes": FEW, "chunk": 64, "every": 1}
+    p = made("bfloat16", cell=AFFINE, **given)
+    assert (p.in_tile, p.tile_bytes, p.threads) == (0b11, 8, 64)
+    p = made("bfloat16", cell=AFFINE, forward=False, **given)
+    assert (p.in_tile, p.tile_bytes, p.threads) == (0b10110, 12, 32)
+    assert plan.shared_bytes(variant(AFFINE), p, 1, 64) == 64 * 12 * 32
+    assert chunk_of_tile(variant(AFFINE), False) == 64 > chunk_of_tile(variant(SRU), False) == 32
+    p = made(forward=False, **given | {"chunk": 32})
+    assert (p.in_tile, p.tile_bytes, p.threads) == (0b111111, 24, 32)
+    assert plan.shared_bytes(variant(), p, 1, 30) == 32 * 24 * 32
+    for more in ({"chunk": 64}, {"chunk": 65}, {"chunk": 32, "every": 3}):
+        assert made(forward=False, **given | more).in_tile == 0
+    assert made(**given).in_tile == 0, "chunks that guess have none"
+
+
+@pytest.mark.parametrize("text, has", [("", 8), ("lookahead=0", 0), ("threads=96", 0), ("threads=32,width=1", 4)])
+def test_what_an_override_leaves_of_a_tile(text, has, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", text)
+    p = made("bfloat16", FEW, cell=AFFINE, chunk=64, every=1)
+    assert p.tile_bytes == has and bool(p.in_tile) == bool(has) and p.lookahead == (text != "lookahead=0")
 
 
 def test_chunks_have_kernels_of_their_own():
@@ -482,8 +538,9 @@ def test_chunks_have_kernels_of_their_own():
     assert made(forward=False, every=1, saved_chunk=64) == made(forward=False, every=1)
     calls = [arguments(SRU, "float32", USUAL, chunk=c, saved_chunk=s, **given) for c in (0, 64) for s in (0, 64)]
     assert len({launch_gpu._key(variant(), call, 0) for call in calls}) == 4
-    other = arguments(SRU, "float32", USUAL, chunk=128, saved_chunk=32, **given)
+    other, long = (arguments(SRU, "float32", USUAL, chunk=c, saved_chunk=32, **given) for c in (50, 128))
     assert launch_gpu._key(variant(), other, 0) == launch_gpu._key(variant(), calls[-1], 0)
+    assert launch_gpu._key(variant(), long, 0) != launch_gpu._key(variant(), calls[-1], 0)  # it has no tile
 
 
 def test_one_channel_where_chunks_recompute_states():

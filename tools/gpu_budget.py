@@ -28,6 +28,7 @@ from sru_rt import choose, compile_gpu, costs, machine, plan, predict  # noqa: E
 from sru_rt.cell import Cell  # noqa: E402
 from sru_rt.cells import named_cells  # noqa: E402
 from sru_rt.dtypes import state_dtype  # noqa: E402
+from sru_rt.shared_memory import chunk_of_tile  # noqa: E402
 from sru_rt.traffic import moved, reduced, replayed  # noqa: E402
 from sru_rt.variant import Variant  # noqa: E402
 
@@ -44,13 +45,11 @@ PASSES = {
     "backward, all states kept": (False, 1),
     "backward, 1 of 32 kept": (False, 32),
 }
-# The same of kernels that are parallel over time: what chunks are summarised by, and then swept by; and in GUESSED, of
-# forwards that do not compose, what guesses and sweeps, and what does so once more.
+# The same of kernels that are parallel over time: what goes over each chunk twice; and in GUESSED, of forwards that do
+# not compose, what guesses and sweeps, and what does so once more.
 IN_CHUNKS = {
-    "forward, summaries of chunks": (True, 1),
-    "forward, chunk by chunk": (True, 1),
-    "backward, summaries of chunks": (False, 1),
-    "backward, chunk by chunk": (False, 1),
+    "forward, in chunks": (True, 1),
+    "backward, in chunks": (False, 1),
     "forward, guesses and chunks": (True, 1),
     "forward, mended chunks": (True, 1),
     "forward, settled chunks": (True, 1),
@@ -64,8 +63,7 @@ GUESSED = {
 SMALL = {
     "forward, one step": (True, 0, "forward"),
     "backward, sums over sequences": (False, 1, "sum_partials"),
-    "forward, fold of chunks": (True, 1, "fold"),
-    "backward, fold of chunks": (False, 1, "fold"),
+    "forward, words of chunks": (True, 1, "clear"),
     "backward, sums over chunks": (False, 1, "sum_chunks"),
 }
 USUAL = (2048, 16, 1, 1024)  # L, B, D, d
@@ -99,15 +97,21 @@ class Entry:
             return GUESSED[self.which]
         if self.which in SMALL:
             return SMALL[self.which][2]
-        return "reduce" if "summaries" in self.which else "forward" if self.kept[0] else "backward"
+        return "forward" if self.kept[0] else "backward"
+
+    @property
+    def chunk(self) -> int:
+        """Steps of a chunk, 0 if time is not cut."""
+        variant = Variant(_cells()[self.cell], self.dtype, state_dtype(self.dtype))
+        return chunk_of_tile(variant, self.kept[0]) if "chunk" in self.which else 0
 
     def planned(self) -> tuple[Variant, plan.Plan]:
         """What the library makes of it. The plan is that of an array whose batch size has its own kernel."""
         forward, every = self.kept
         variant = Variant(_cells()[self.cell], self.dtype, state_dtype(self.dtype))
         arguments = nvrtc.arguments(variant.cell, self.dtype, self.sizes, forward=forward, every=every)
-        if "chunk" in self.which:
-            arguments = arguments._replace(given=arguments.given._replace(chunk=512, carry=1 << 20))
+        if self.chunk:
+            arguments = arguments._replace(given=arguments.given._replace(chunk=self.chunk, carry=1 << 20))
         device = machine.Device(self.arch, machine.USUAL_MULTIPROCESSORS[self.arch])
         return variant, plan.plan(variant, arguments, device)
 
@@ -164,12 +168,11 @@ def measure(entry: Entry) -> dict[str, Any]:
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
-    if entry.kernel == "reduce":
-        result["depth"] = made.reduce_depth
-    if entry.kernel.startswith("sum_"):
+    if entry.kernel.startswith("sum_") or entry.kernel == "clear":
         result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
-    sweeps_states = entry.kernel in ("forward", "backward")
-    result["shared"] = used.shared + (plan.shared_bytes(variant, made, entry.kept[1]) if sweeps_states else 0)
+    has_states = entry.kernel in ("forward", "backward")
+    dynamic = plan.shared_bytes(variant, made, entry.kept[1], entry.chunk) if has_states else 0
+    result["shared"] = used.shared + dynamic
     result["warps"] = warps(entry.arch, result)
     if entry.arch == 90 and entry.which in SMALL:
         result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
@@ -188,11 +191,11 @@ def warps(arch: int, kernel: dict[str, Any]) -> int:
 
 def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:
     """Of each loop over time, or over chunks, the steps of a lap and the loads from global memory of a step."""
-    if kernel == "reduce":
-        return [(made.reduce_depth, len(reduced(variant, made.forward, made.keep)))]
     states = len(variant.cell.state) if made.keep == 1 else 0
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
-    found = [(made.depth, inputs + (0 if made.forward else 1 + states))]
+    found = [(made.depth, inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count())]
+    if made.lookahead:
+        found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep))))
     if made.keep > 1 and not made.forward:
         found.append((made.replay_depth, len(replayed(variant))))
     if made.shoots and kernel == "forward":

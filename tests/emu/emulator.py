@@ -98,6 +98,10 @@ def default_order() -> int:
     return int(os.environ.get("SRU_RT_EMU_ORDER", "0"))
 
 
+def default_resident() -> int:
+    return int(os.environ.get("SRU_RT_EMU_RESIDENT", "2"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # From CUDA source to C++
 
@@ -399,11 +403,12 @@ class Function:
         stream: object = None,
         *,
         order: int | None = None,
-        resident: int = 2,
+        resident: int | None = None,
     ) -> None:
         """Runs the kernel to its end. See the top of this file for `order`; `resident` blocks run at once."""
         grid, block = ((*map(int, sizes), 1, 1, 1) for sizes in (grid, block))
         order = default_order() if order is None else order
+        resident = default_resident() if resident is None else resident
         if order < 0 or resident < 1:
             raise ValueError(f"order is {order} and resident is {resident}; they must be at least 0 and 1")
         self._check_limits(grid[:3], block[:3], shared_mem)

@@ -1,0 +1,49 @@
+"""What a block of a GPU holds in shared memory: states that it recomputes, or a tile, and how much has room there.
+
+A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .dtypes import state_dtype
+from .traffic import ITEMSIZE, read, summarised
+from .variant import Variant
+
+SHARED_BYTES = 48 << 10  # of one block, on every architecture
+_TILES = (32, 64)  # steps of chunks that have a tile; what is read twice of longer ones comes from memory twice
+
+
+def state_bytes(variant: Variant) -> int:
+    return ITEMSIZE[state_dtype(variant.dtype)] * len(variant.cell.state)
+
+
+def shared_channels(variant: Variant, every: int) -> int:
+    """Channels of which a block has room for the states of a piece."""
+    return SHARED_BYTES // (every * state_bytes(variant))
+
+
+def tile_steps(chunk: int) -> int:
+    """Steps that a tile of chunks has room for; 0 where they are too long for one."""
+    return next((steps for steps in _TILES if chunk <= steps), 0)
+
+
+def tile_threads(steps: int, step_bytes: int) -> int:
+    """The most threads of a block whose tile has room, with `step_bytes` of a thread; there is a word more in that."""
+    return (SHARED_BYTES - 1) // max(1, steps * step_bytes) // 32 * 32
+
+
+def tile(variant: Variant, forward: bool, every: int) -> dict[int, int]:
+    """Sizes of what a tile holds of each step, by the number in `traffic.read`; nothing where states are recomputed."""
+    if not forward and every > 1:
+        return {}
+    used = summarised(variant, forward)
+    return {i: size for i, size in enumerate(read(variant, forward, keep=1)) if used >> i & 1}
+
+
+def chunk_of_tile(variant: Variant, forward: bool) -> int:
+    """Steps of the longest chunks that have a tile, whatever is kept for the backward; if none have, of the longest."""
+    pair = 2 if ITEMSIZE[variant.dtype] == 2 else 1
+    step = pair * sum(tile(replace(variant, saved_dtype=state_dtype(variant.dtype)), forward, 1).values())
+    return next((steps for steps in reversed(_TILES) if tile_threads(steps, step)), _TILES[-1])
