@@ -61,18 +61,9 @@ class Operands:
 
         None stands for what is not there.
         """
-        n = len(names)
-        return Operands(
-            self.cell,
-            self.dtype,
-            dict(zip(names, arrays)),
-            arrays[n:-3],
-            self.constants,
-            *arrays[-3:],
-            library=self.library,
-            time_parallel=self.time_parallel,
-            chunk=self.chunk,
-        )
+        given, c0, (lengths, mask, reset) = dict(zip(names, arrays)), arrays[len(names) : -3], arrays[-3:]
+        rest = self.library, self.time_parallel, self.chunk
+        return Operands(self.cell, self.dtype, given, c0, self.constants, lengths, mask, reset, *rest)
 
     def _chunk(self, forward: bool) -> int:
         variant = self.variant(state_dtype(self.dtype))
