@@ -1,10 +1,12 @@
-"""What is done for a call like one before (see `repeat`): to allocate, to form U, and to run a planned pass."""
+"""What is done for a call like one before (see `repeat`): to allocate, to form U, and to run a planned pass.
+
+This is to take little time beside a kernel that takes none, so addresses are asked for once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,28 +18,11 @@ from .recurrence import Operands
 from .saved import Saved
 
 
-class Place(NamedTuple):
-    """Where an operand is among the arrays, and the dtype and shape that it is to have, if it has others."""
-
-    position: int
-    dtype: np.dtype[Any] | None
-    shape: tuple[int, ...] | None = None
-
-    def of(self, given: Sequence[NDArray], library: Library) -> NDArray:
-        array = given[self.position]
-        if self.dtype is not None:
-            array = library.contiguous(array, self.dtype)
-        return array if self.shape is None else array.reshape(self.shape)
-
-
 class Lengths(NamedTuple):
     """Where lengths are among the arrays, of sequences of up to L steps."""
 
     position: int
     L: int
-
-    def of(self, given: Sequence[NDArray], library: Library) -> NDArray:
-        return library.integers(given[self.position])
 
     def are_fine(self, given: Sequence[NDArray]) -> bool:
         """Whether the ordinary way takes them, as far as can be told; it does not look at those on a device."""
@@ -49,101 +34,97 @@ class Lengths(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """Where x and the factors of the weight are among the arrays, and U among the operands."""
+    """Where x, the factors of the weight and flags are among the arrays, of which U becomes the next."""
 
-    x: Place
-    factors: Sequence[Place]
+    x: int
+    factors: Sequence[int]
     window: int
-    u: int
+    flags: Sequence[int | None]  # lengths, mask, reset
+    is_token: bool
+
+    def of(self, arrays: Sequence[NDArray], library: Library) -> Projection:
+        x, factors = arrays[self.x], tuple([arrays[i] for i in self.factors])
+        lengths, mask, reset = [None if i is None else arrays[i] for i in self.flags]
+        return Projection(library, x[None] if self.is_token else x, factors, self.window, lengths, mask, reset)
 
 
-class Result(NamedTuple):
-    """Where a result is to go among the arrays, or an array to allocate; and where a state is that it may overwrite."""
+class Kept(NamedTuple):
+    """What is kept for the backward: `like`, which is without arrays, and where its arrays are."""
 
-    position: int | None
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    state: int | None = None
+    like: Saved
+    operands: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]  # of operands that were given in another
+    others: Sequence[int | None]  # initial states, lengths, mask, reset
 
-    def to(self, given: Sequence[NDArray], library: Library) -> NDArray:
-        return library.empty(self.shape, self.dtype) if self.position is None else given[self.position]
+    def of(self, arrays: Sequence[NDArray], states: Sequence[NDArray], projection: Projection | None) -> Saved:
+        operands = {name: arrays[i] for name, i in self.operands.items()}
+        for name, shape in self.shapes.items():
+            operands[name] = operands[name].reshape(shape)
+        others = [None if i is None else arrays[i] for i in self.others]
+        return self.like.on(self.like.operands.on(operands, others), states, projection)
 
 
 @dataclass(frozen=True, eq=False)
 class Forward:
     """A forward of which all but addresses and values of arrays is settled.
 
+    Its arrays are those that are given, U if it is formed, and results that are not given. All that says where an array
+    is says which of these it is.
+
     Args:
-        sizes: of the arrays that are given, in bytes; 0 of those that results may overlap.
-        operands: where those of the recurrence are (see `spots.of_operands`), None of what is not there, or formed.
+        converted: dtypes of the given arrays that have others.
+        made: shapes and dtypes of results that are not given.
+        order: of the arrays that are given to the pass.
         results: h and the last states.
-        names: of the arrays that are kept for the backward.
-        like: what is kept for the backward, but without arrays; None if nothing is.
+        sizes: of the given arrays, in bytes; 0 of those that results may overlap.
+        written: of the given arrays those that are written to, and with each the state that it may overwrite.
     """
 
-    planned: spots.Planned
     library: Library
-    sizes: Sequence[int]
-    operands: Sequence[Place | Lengths | None]
+    lengths: Lengths | None
+    converted: Sequence[tuple[int, np.dtype[Any]]]
     projected: Projected | None
-    results: Sequence[Result]
-    one_token: bool
-    names: Sequence[str] = ()
-    like: Saved | None = None
+    made: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
+    planned: spots.Planned
+    order: Sequence[int]
+    results: Sequence[int]
+    sizes: Sequence[int]
+    written: Sequence[tuple[int, int | None]]
+    kept: Kept | None
 
     def __call__(self, given: Sequence[NDArray]) -> tuple[Any, ...] | None:
         """The results of a call with these arrays; None if it must go the ordinary way."""
-        library, lengths = self.library, self.operands[-3]
-        if isinstance(lengths, Lengths) and not lengths.are_fine(given):
-            return None
-        if self._writes and self._overlaps(given):
-            return None
+        library, arrays, projection = self.library, [*given], None
+        pointer = library.pointer
         with library.current():
-            o = [None if place is None else place.of(given, library) for place in self.operands]
-            projection = self._formed(given, o)
-            results = [result.to(given, library) for result in self.results]
-            allocated = self.planned.run(library, [*o, *results])
-        h, *last = results
+            if self.lengths is not None:
+                if not self.lengths.are_fine(given):
+                    return None
+                arrays[self.lengths.position] = library.integers(given[self.lengths.position])
+            at = [*map(pointer, arrays)]
+            if self.written and self._overlaps(at):
+                return None
+            for i, dtype in self.converted:
+                arrays[i] = library.contiguous(arrays[i], dtype)
+                at[i] = pointer(arrays[i])
+            if self.projected is not None:
+                projection = self.projected.of(arrays, library)
+                arrays.append(projection.u(library.workspace if self.projected.is_token else library.empty))
+            arrays += [library.empty(shape, dtype) for shape, dtype in self.made]
+            at += map(pointer, arrays[len(at) :])
+            allocated = self.planned.run(library, [at[i] for i in self.order])
+        h, *last = [arrays[i] for i in self.results]
         found = h, (last[0] if len(last) == 1 else tuple(last))
-        return (*found, self._saved(self.like, o, allocated[: len(last)], projection)) if self.like else found
+        return found if self.kept is None else (*found, self.kept.of(arrays, allocated[: len(last)], projection))
 
-    @cached_property
-    def _writes(self) -> bool:
-        """Whether it writes to arrays that are given."""
-        return any(result.position is not None for result in self.results)
-
-    def _overlaps(self, given: Sequence[NDArray]) -> bool:
-        """Whether what is written to overlaps anything else. A state may be updated in place."""
-        pointer = self.library.pointer
-        at = [(pointer(array), size) if size else (0, 0) for array, size in zip(given, self.sizes)]
-        for position, _, _, state in self.results:
-            if position is None:
-                continue
-            begin, size = at[position]
-            for i, (other, length) in enumerate(at):
-                apart = other + length <= begin or begin + size <= other or (i == state and other == begin)
-                if not apart and i != position:
+    def _overlaps(self, at: Sequence[int]) -> bool:
+        """Whether what is written to overlaps anything else that is given. A state may be updated in place."""
+        for written, state in self.written:
+            begin, end = at[written], at[written] + self.sizes[written]
+            for i, (other, size) in enumerate(zip(at, self.sizes)):
+                if other < end and begin < other + size and i != written and (i != state or other != begin):
                     return True
         return False
-
-    def _formed(self, given: Sequence[NDArray], o: list[NDArray | None]) -> Projection | None:
-        """Puts U among the operands, if it is formed from x."""
-        if self.projected is None:
-            return None
-        library, (x, factors, window, u) = self.library, self.projected
-        first = x.of(given, library)
-        first = first[None] if self.one_token else first
-        projection = Projection(library, first, tuple([f.of(given, library) for f in factors]), window, *o[-3:])
-        o[u] = projection.u(library.workspace if self.one_token else library.empty)
-        return projection
-
-    def _saved(
-        self, like: Saved, o: list[NDArray | None], states: Sequence[NDArray], projection: Projection | None
-    ) -> Saved:
-        if self.projected and "u" not in self.names:  # it is to be formed again
-            del o[self.projected.u]
-        operands = like.operands.on(self.names, o)
-        return Saved(like.function, like.given, operands, like.sizes, states, like.every, projection, like.kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +133,13 @@ class Backward:
 
     Args:
         names: of the arrays among the operands.
-        seeds: where the gradients of h and of the last states are among the arrays, None of those that are zeros.
+        converted: dtypes of the given gradients of results that are given in others.
         need: names of the gradients that are wanted.
     """
 
     planned: spots.PlannedBackward
     names: Sequence[str]
-    seeds: Sequence[Place | None]
+    converted: Sequence[tuple[int, np.dtype[Any]]]
     need: Collection[str]
 
     def __call__(
@@ -166,6 +147,9 @@ class Backward:
     ) -> tuple[dict[str, NDArray], list[NDArray]]:
         """As `recurrence.backward`."""
         library, (planned, gradients, dc0) = operands.library, self.planned
-        seeds = [None if place is None else place.of(given, library) for place in self.seeds]
-        allocated = planned.run(library, [*spots.of_operands(operands, self.names), *states, *seeds])
+        seeds = [*given]
+        for i, dtype in self.converted:
+            seeds[i] = library.contiguous(seeds[i], dtype)
+        arrays = [*spots.of_operands(operands, self.names), *states, *seeds]
+        allocated = planned.run(library, [library.pointer(a) for a in arrays if a is not None])
         return {name: allocated[i] for name, i in gradients.items()}, [allocated[i] for i in dc0]

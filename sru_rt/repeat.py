@@ -20,7 +20,7 @@ import numpy as np
 
 from . import library as libraries
 from . import settings, spots
-from .again import Backward, Forward, Lengths, Place, Projected, Result
+from .again import Backward, Forward, Kept, Lengths, Projected
 from .dtypes import name_of, to_numpy
 from .inputs import Input
 from .library import Library, NDArray
@@ -107,19 +107,19 @@ class _Asked(threading.local):
     given: Sequence[NDArray] = ()
     named: Mapping[str, int] = MappingProxyType({})
 
-    def place(self, name: str, array: NDArray, library: Library, keep: bool = False) -> Place | None:
+    def position(self, name: str, array: NDArray, library: Library) -> int | None:
         """Where what became a kernel's array was given; None if it is a copy of another order.
 
-        With `keep` it is to have the shape of the kernel's array.
+        Lengths are copied in any case, and may be on the host.
         """
-        position = self.named.get(name, -1)
-        given = self.given[position] if position >= 0 else None
-        if given is None or libraries.of(given) is not library or given.size != array.size:
+        position = self.named.get(name)
+        if position is None or name == "lengths":
+            return position
+        given = self.given[position]
+        if libraries.of(given) is not library or given.size != array.size:
             return None
-        shape = array.shape if keep and array.shape != given.shape else None
-        if given.dtype != array.dtype:
-            return Place(position, to_numpy(name_of(array.dtype)), shape)
-        return Place(position, None, shape) if library.pointer(given) == library.pointer(array) else None
+        same = given.dtype != array.dtype or library.pointer(given) == library.pointer(array)
+        return position if same else None
 
 
 _asked = _Asked()
@@ -164,74 +164,108 @@ def remember(
     Args:
         names: what the function calls arrays that the cell declares under other names.
     """
-    places = None if _asked.key is None else _places(names, projected, operands, keep=saved is not None)
-    if places is None:
+    given, is_token = _asked.given, options.in_workspace
+    o = None if _asked.key is None else _positions(names, operands, bool(projected))
+    from_x = _projected(projected, operands, o[-3:], is_token) if projected and o else None
+    if o is None or (projected and not from_x):
         return saved
-    found, from_x = places
-    results = _results(operands, made, found, options.in_workspace)
-    there = [*found, *results, *([from_x.x, *from_x.factors] if from_x else [])]
-    if len({one.position for one in there if one} - {None}) < len(_asked.given):
+    results, new = _results(operands, made, len(given) + bool(projected), is_token)
+    read = {*o, *((from_x.x, *from_x.factors) if from_x else ())}
+    if not read.union(results).issuperset(range(len(given))):
         return saved  # the value of an array, such as alpha, may be part of what is settled
-    like = None
-    if saved is not None:
-        saved = replace(saved, kind=object())
-        none = [None] * (len(made.last) + 3)
-        like = replace(saved, operands=operands.on((), none), states=(), projection=None)
-    _remember(
-        _asked.key,
-        Forward(
-            planned=spots.forward(operands, saved.every if saved else 0, made.variant.saved_dtype, made.h, made.last),
-            library=operands.library,
-            sizes=[0 if i == _asked.named.get("lengths") else array.nbytes for i, array in enumerate(_asked.given)],
-            operands=found,
-            projected=from_x,
-            results=results,
-            one_token=options.in_workspace,
-            names=tuple(saved.operands.arrays) if saved else (),
-            like=like,
-        ),
+    saved = replace(saved, kind=object()) if saved else None
+    planned = spots.forward(operands, saved.every if saved else 0, made.variant.saved_dtype, made.h, made.last)
+    repeat = Forward(
+        library=operands.library,
+        lengths=Lengths(o[-3], operands.sizes[0]) if o[-3] is not None else None,
+        converted=_converted(operands, o),
+        projected=from_x,
+        made=new,
+        planned=planned,
+        order=[*(i for i in o if i is not None), *results],
+        results=results,
+        sizes=[array.nbytes if i != o[-3] else 0 for i, array in enumerate(given)],
+        written=_written(results, o[len(operands.arrays) : -3]),
+        kept=_kept(saved, o, operands) if saved else None,
     )
+    _remember(_asked.key, repeat)
     return saved
 
 
-def _results(
-    operands: Operands, made: Prepared, found: Sequence[Place | Lengths | None], one_token: bool
-) -> list[Result]:
-    """Where h and the last states go."""
-    L, B, D, d = operands.sizes
-    shape, n = (B, D * d) if one_token else (L, B, D * d), len(made.last)
-    results = [Result(_asked.named.get("out[0]"), shape, made.h.dtype)]
-    names = ["out[1]"] if n == 1 else [f"out[1][{i}]" for i in range(n)]
-    for name, array, state in zip(names, made.last, found[len(operands.arrays) :]):
-        own = state.position if isinstance(state, Place) and state.dtype is None else None
-        results.append(Result(_asked.named.get(name), array.shape, array.dtype, own))
-    return results
+def _positions(names: Mapping[str, str], operands: Operands, forms_u: bool) -> list[int | None] | None:
+    """Where operands (see `spots.of_operands`) are among the arrays of this thread's call; None if some are not.
 
-
-def _places(
-    names: Mapping[str, str], projected: Input | None, operands: Operands, keep: bool
-) -> tuple[list[Place | Lengths | None], Projected | None] | None:
-    """Where operands, and what U is formed from, are among the arrays of this thread's call; None if some are not."""
-    cell, library = operands.cell, operands.library
-    state, n, u = names.get(cell.initial, cell.initial), len(operands.c0), list(operands.arrays).index("u")
+    Where U is formed it is the next array.
+    """
+    state, n = names.get(operands.cell.initial, operands.cell.initial), len(operands.c0)
     states = [state] if n == 1 else [f"{state}[{i}]" for i in range(n)]
     named = [*(names.get(name, name) for name in operands.arrays), *states, "lengths", "mask", "reset"]
-    arrays = spots.of_operands(operands, [*operands.arrays])
-    found: list[Place | Lengths | None] = [
-        None if array is None else _asked.place(name, array, library, keep) for name, array in zip(named, arrays)
-    ]
-    if operands.lengths is not None and "lengths" in _asked.named:
-        found[-3] = Lengths(_asked.named["lengths"], operands.sizes[0])
-    missing = [i for i, array in enumerate(arrays) if array is not None and found[i] is None]
-    if not projected:
-        return None if missing else (found, None)
-    x = _asked.place("x", projected.x, library)
-    weights = ["weight"] if len(projected.factors) == 1 else [f"weight[{i}]" for i in range(len(projected.factors))]
-    factors = [_asked.place(name, factor, library) for name, factor in zip(weights, projected.factors)]
-    there = [factor for factor in factors if factor]
-    if missing != [u] or x is None or len(there) < len(factors) or projected.source.shape != projected.x.shape:
+    found: list[int | None] = []
+    for name, array in zip(named, spots.of_operands(operands, [*operands.arrays])):
+        position = None
+        if array is not None:
+            position = len(_asked.given) if forms_u and name == "u" else _asked.position(name, array, operands.library)
+            if position is None:
+                return None
+        found.append(position)
+    return found
+
+
+def _projected(projected: Input, operands: Operands, flags: Sequence[int | None], is_token: bool) -> Projected | None:
+    """Where U comes from; None if that is not among the arrays of this thread's call as it is."""
+    library, factors = operands.library, projected.factors
+    names = ["weight"] if len(factors) == 1 else [f"weight[{i}]" for i in range(len(factors))]
+    x, *found = (_asked.position(n, array, library) for n, array in zip(["x", *names], [projected.x, *factors]))
+    there = [i for i in found if i is not None]
+    if x is None or len(there) < len(factors) or projected.source.shape != projected.x.shape:
         return None
-    return found, Projected(x, there, projected.window, u)
+    return Projected(x, there, projected.window, flags, is_token)
+
+
+def _results(
+    operands: Operands, made: Prepared, n: int, is_token: bool
+) -> tuple[list[int], list[tuple[tuple[int, ...], Any]]]:
+    """Where h and the last states go, and shapes and dtypes of those that are not given, of which `n` is the first."""
+    L, B, D, d = operands.sizes
+    states = ["out[1]"] if len(made.last) == 1 else [f"out[1][{i}]" for i in range(len(made.last))]
+    shapes = [(B, D * d) if is_token else (L, B, D * d), *((D, B, d) for _ in states)]
+    found, new = list[int](), list[tuple[tuple[int, ...], Any]]()
+    for name, shape, array in zip(["out[0]", *states], shapes, [made.h, *made.last]):
+        if name not in _asked.named:
+            new.append((shape, array.dtype))
+        found.append(_asked.named.get(name, n + len(new) - 1))
+    return found, new
+
+
+def _written(results: Sequence[int], states: Sequence[int | None]) -> list[tuple[int, int | None]]:
+    """The given arrays that are written to, each with the state that it may overwrite."""
+    given, found = _asked.given, list[tuple[int, int | None]]()
+    for i, state in zip(results, [None, *states]):
+        if i < len(given):
+            alike = state is not None and given[state].dtype == given[i].dtype
+            found.append((i, state if alike else None))
+    return found
+
+
+def _converted(operands: Operands, o: Sequence[int | None]) -> list[tuple[int, np.dtype[Any]]]:
+    """The given arrays that kernels take in other dtypes; but lengths."""
+    given, found = _asked.given, list[tuple[int, np.dtype[Any]]]()
+    for i, array in zip(o, spots.of_operands(operands, [*operands.arrays])):
+        if i is not None and i < len(given) and i != o[-3] and given[i].dtype != array.dtype:
+            found.append((i, to_numpy(name_of(array.dtype))))
+    return found
+
+
+def _kept(saved: Saved, o: Sequence[int | None], operands: Operands) -> Kept:
+    """What is kept for the backward, which has no U if it is to be formed again."""
+    given, shapes, n = _asked.given, dict[str, tuple[int, ...]](), len(operands.arrays)
+    at = {name: i for name, i in zip(operands.arrays, o) if i is not None and name in saved.operands.arrays}
+    for name, i in at.items():
+        shape = operands.arrays[name].shape
+        if i < len(given) and given[i].shape != shape:
+            shapes[name] = shape
+    like = saved.on(operands.on({}, [None] * len(o[n:])), (), None)
+    return Kept(like, at, shapes, o[n:])
 
 
 def remember_backward(
@@ -253,13 +287,11 @@ def remember_backward(
     """
     if key is None:
         return
-    places, rest = list[Place | None](), iter(enumerate(given))
-    for seed in seeds:
-        if seed is None:
-            places.append(None)
-            continue
-        position, array = next(rest)
-        places.append(Place(position, None if array.dtype == seed.dtype else to_numpy(name_of(seed.dtype))))
+    converted = [
+        (i, to_numpy(name_of(seed.dtype)))
+        for i, (array, seed) in enumerate(zip(given, (seed for seed in seeds if seed is not None)))
+        if array.dtype != seed.dtype
+    ]
     dh, *last = seeds
     planned = spots.backward(operands, saved.states, saved.every, dh, last, arrays)
-    _remember(key, Backward(planned, tuple(operands.arrays), places, need))
+    _remember(key, Backward(planned, tuple(operands.arrays), converted, need))

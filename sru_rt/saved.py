@@ -28,6 +28,12 @@ class Saved:
     projection: Projection | None = None
     kind: Hashable = None  # the same of forwards that are alike (see `repeat`); None if it is like no other
 
+    def on(self, operands: Operands, states: Sequence[NDArray], projection: Projection | None) -> Saved:
+        """What an alike call keeps. See `Operands.on`."""
+        made = object.__new__(Saved)
+        made.__dict__.update(self.__dict__, operands=operands, states=states, projection=projection)
+        return made
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays held, those of the caller included."""

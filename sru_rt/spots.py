@@ -53,7 +53,8 @@ class Spots:
         spots = [*map(like, of_operands(given, names))]
         library: Any = self
         places = [place(i) for i in range(len(self.constants))]
-        return replace(given.on(names, spots), library=library, constants=places)
+        n = len(names)
+        return replace(given.on(dict(zip(names, spots)), spots[n:]), library=library, constants=places)
 
     def planned(self, variant: Variant, arguments: abi.Forward | abi.Backward, given: int) -> Planned:
         """A pass on these spots, of which the first `given` are given to it."""
@@ -74,12 +75,11 @@ class Planned(NamedTuple):
     constants: Sequence[float]
     allocated: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
 
-    def run(self, library: Library, given: Sequence[NDArray | None]) -> list[NDArray]:
-        """Runs it on the arrays that are given to it, without those that are None; returns what it allocates."""
-        empty, pointer = library.empty, library.pointer
+    def run(self, library: Library, at: Sequence[int]) -> list[NDArray]:
+        """Runs it on arrays at these addresses, in its order. Returns what it allocates."""
+        empty = library.empty
         allocated = [empty(shape, dtype) for shape, dtype in self.allocated]
-        at = [*self.constants, *[pointer(a) for a in given if a is not None], *map(pointer, allocated)]
-        self.prepared.run(at, library.stream())
+        self.prepared.run([*self.constants, *at, *map(library.pointer, allocated)], library.stream())
         return allocated
 
 
