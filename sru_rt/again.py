@@ -112,7 +112,7 @@ class Forward:
                 arrays.append(projection.u(library.workspace if self.projected.is_token else library.empty))
             arrays += [library.empty(shape, dtype) for shape, dtype in self.made]
             at += map(pointer, arrays[len(at) :])
-            allocated = self.planned.run(library, [at[i] for i in self.order])
+            allocated = self.planned.run([at[i] for i in self.order])
         h, *last = [arrays[i] for i in self.results]
         found = h, (last[0] if len(last) == 1 else tuple(last))
         return found if self.kept is None else (*found, self.kept.of(arrays, allocated[: len(last)], projection))
@@ -132,13 +132,11 @@ class Backward:
     """A backward of which all but addresses and values of arrays is settled.
 
     Args:
-        names: of the arrays among the operands.
         converted: dtypes of the given gradients of results that are given in others.
         need: names of the gradients that are wanted.
     """
 
-    planned: spots.PlannedBackward
-    names: Sequence[str]
+    planned: spots.Planned
     converted: Sequence[tuple[int, np.dtype[Any]]]
     need: Collection[str]
 
@@ -146,10 +144,10 @@ class Backward:
         self, operands: Operands, states: Sequence[NDArray], given: Sequence[NDArray]
     ) -> tuple[dict[str, NDArray], list[NDArray]]:
         """As `recurrence.backward`."""
-        library, (planned, gradients, dc0) = operands.library, self.planned
-        seeds = [*given]
+        library, seeds = operands.library, [*given]
         for i, dtype in self.converted:
             seeds[i] = library.contiguous(seeds[i], dtype)
-        arrays = [*spots.of_operands(operands, self.names), *states, *seeds]
-        allocated = planned.run(library, [library.pointer(a) for a in arrays if a is not None])
-        return {name: allocated[i] for name, i in gradients.items()}, [allocated[i] for i in dc0]
+        arrays = [*spots.of_operands(operands), *states, *seeds]
+        allocated = self.planned.run([library.pointer(array) for array in arrays if array is not None])
+        plan = self.planned.plan
+        return {name: allocated[i] for name, i in plan.gradients.items()}, [allocated[i] for i in plan.dc0]

@@ -174,14 +174,13 @@ def remember(
     if not read.union(results).issuperset(range(len(given))):
         return saved  # the value of an array, such as alpha, may be part of what is settled
     saved = replace(saved, kind=object()) if saved else None
-    planned = spots.forward(operands, saved.every if saved else 0, made.variant.saved_dtype, made.h, made.last)
     repeat = Forward(
         library=operands.library,
         lengths=Lengths(o[-3], operands.sizes[0]) if o[-3] is not None else None,
         converted=_converted(operands, o),
         projected=from_x,
         made=new,
-        planned=planned,
+        planned=spots.forward(operands, saved.every if saved else 0, made.variant.saved_dtype, made.h, made.last),
         order=[*(i for i in o if i is not None), *results],
         results=results,
         sizes=[array.nbytes if i != o[-3] else 0 for i, array in enumerate(given)],
@@ -201,7 +200,7 @@ def _positions(names: Mapping[str, str], operands: Operands, forms_u: bool) -> l
     states = [state] if n == 1 else [f"{state}[{i}]" for i in range(n)]
     named = [*(names.get(name, name) for name in operands.arrays), *states, "lengths", "mask", "reset"]
     found: list[int | None] = []
-    for name, array in zip(named, spots.of_operands(operands, [*operands.arrays])):
+    for name, array in zip(named, spots.of_operands(operands)):
         position = None
         if array is not None:
             position = len(_asked.given) if forms_u and name == "u" else _asked.position(name, array, operands.library)
@@ -250,7 +249,7 @@ def _written(results: Sequence[int], states: Sequence[int | None]) -> list[tuple
 def _converted(operands: Operands, o: Sequence[int | None]) -> list[tuple[int, np.dtype[Any]]]:
     """The given arrays that kernels take in other dtypes; but lengths."""
     given, found = _asked.given, list[tuple[int, np.dtype[Any]]]()
-    for i, array in zip(o, spots.of_operands(operands, [*operands.arrays])):
+    for i, array in zip(o, spots.of_operands(operands)):
         if i is not None and i < len(given) and i != o[-3] and given[i].dtype != array.dtype:
             found.append((i, to_numpy(name_of(array.dtype))))
     return found
@@ -294,4 +293,4 @@ def remember_backward(
     ]
     dh, *last = seeds
     planned = spots.backward(operands, saved.states, saved.every, dh, last, arrays)
-    _remember(key, Backward(planned, tuple(operands.arrays), converted, need))
+    _remember(key, Backward(planned, converted, need))

@@ -5,8 +5,9 @@ They are planned as those of any call (see `recurrence`), to which spots have me
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +20,25 @@ from .variant import Variant
 
 
 class Spot(NamedTuple):
-    """A C-contiguous array that is not there yet: the `number`-th of a planned pass."""
+    """A C-contiguous array that is not there: the `number`-th of a planned pass, if that has a number for it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    number: int
+    number: int = -1
 
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
+
+
+def of(array: NDArray | None) -> Spot | None:
+    """A spot for an array of that layout; None of None."""
+    return None if array is None else Spot(tuple(array.shape), np.dtype(array.dtype))
+
+
+def of_operands(given: Operands) -> list[Any]:
+    """What is there of operands, arrays or spots, else None: the declared arrays, then states, lengths, mask, reset."""
+    return [*given.arrays.values(), *given.c0, given.lengths, given.mask, given.reset]
 
 
 class Spots:
@@ -35,70 +46,69 @@ class Spots:
 
     def __init__(self, library: Library, constants: Sequence[float]) -> None:
         self.device, self.row_padding = library.device, library.row_padding
-        self.constants, self.all = constants, list[Spot]()
+        self._constants, self._all = len(constants), list[Spot]()
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Spot:
-        self.all.append(Spot(tuple(shape), np.dtype(dtype), len(self.all)))
-        return self.all[-1]
+        self._all.append(Spot(tuple(shape), np.dtype(dtype), len(self._all)))
+        return self._all[-1]
 
     def pointer(self, spot: Spot | None) -> int:
-        return 0 if spot is None else place(len(self.constants) + spot.number)
+        return 0 if spot is None else place(self._constants + spot.number)
 
-    def like(self, array: NDArray | None) -> Spot | None:
-        return None if array is None else self.empty(array.shape, array.dtype)
+    def numbered(self, spot: Spot | None) -> Any:
+        return None if spot is None else self.empty(spot.shape, spot.dtype)
 
     def operands(self, given: Operands) -> Operands:
-        """The same with spots for arrays, in the order of `of_operands`."""
-        names, like = [*given.arrays], self.like
-        spots = [*map(like, of_operands(given, names))]
+        """The same with numbered spots, in the order of `of_operands`."""
+        arrays = {name: self.numbered(spot) for name, spot in given.arrays.items()}
+        others = [self.numbered(spot) for spot in of_operands(given)[len(arrays) :]]
         library: Any = self
-        places = [place(i) for i in range(len(self.constants))]
-        n = len(names)
-        return replace(given.on(dict(zip(names, spots)), spots[n:]), library=library, constants=places)
+        constants = [place(i) for i in range(self._constants)]
+        return replace(given.on(arrays, others), library=library, constants=constants)
 
-    def planned(self, variant: Variant, arguments: abi.Forward | abi.Backward, given: int) -> Planned:
-        """A pass on these spots, of which the first `given` are given to it."""
-        prepared = Prepared(variant, arguments, len(self.constants) + len(self.all), self.device)
-        return Planned(prepared, self.constants, [(spot.shape, spot.dtype) for spot in self.all[given:]])
+    def plan(self, variant: Variant, arguments: abi.Forward | abi.Backward, given: int) -> Plan:
+        """That of a pass on these spots, of which the first `given` are given to it."""
+        prepared = Prepared(variant, arguments, self._constants + len(self._all), self.device)
+        return Plan(prepared, [(spot.shape, spot.dtype) for spot in self._all[given:]])
 
-
-def of_operands(given: Operands, names: Sequence[str]) -> list[Any]:
-    """All arrays of operands, None of what is not there: those of the names, then states, lengths, mask, reset."""
-    arrays = given.arrays
-    return [*[arrays[name] for name in names], *given.c0, given.lengths, given.mask, given.reset]
+    def __len__(self) -> int:
+        return len(self._all)
 
 
-class Planned(NamedTuple):
-    """A pass of which all but its arrays is settled."""
+class Plan(NamedTuple):
+    """How a pass runs, shapes and dtypes of what it allocates, and which of these gradients are."""
 
     prepared: Prepared
-    constants: Sequence[float]
     allocated: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
+    gradients: Mapping[str, int] = {}
+    dc0: Sequence[int] = ()
 
-    def run(self, library: Library, at: Sequence[int]) -> list[NDArray]:
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A pass that is planned when it first runs, since many calls never come again."""
+
+    library: Library
+    constants: Sequence[float]
+    make: Callable[[], Plan]
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.make()
+
+    def run(self, at: Sequence[int]) -> list[NDArray]:
         """Runs it on arrays at these addresses, in its order. Returns what it allocates."""
-        empty = library.empty
-        allocated = [empty(shape, dtype) for shape, dtype in self.allocated]
-        self.prepared.run([*self.constants, *at, *map(library.pointer, allocated)], library.stream())
+        library, plan = self.library, self.plan
+        allocated = [library.empty(shape, dtype) for shape, dtype in plan.allocated]
+        plan.prepared.run([*self.constants, *at, *map(library.pointer, allocated)], library.stream())
         return allocated
 
 
 def forward(operands: Operands, every: int, saved_dtype: str, h: NDArray, last: Sequence[NDArray]) -> Planned:
-    """What is given to it: the operands that are there, results such as `h` and `last`. It allocates the kept states
-    first."""
-    spots = Spots(operands.library, operands.constants)
-    on_spots, results = spots.operands(operands), [*map(spots.like, (h, *last))]
-    given = len(spots.all)
-    made = recurrence.prepared_forward(on_spots, every, saved_dtype, results[0], results[1:])
-    return spots.planned(made.variant, made.arguments, given)
-
-
-class PlannedBackward(NamedTuple):
-    """`gradients` and `dc0` say which of the arrays that it allocates these are."""
-
-    planned: Planned
-    gradients: Mapping[str, int]
-    dc0: Sequence[int]
+    """What is given to it: the operands that are there, then results such as `h` and `last`. It allocates the kept
+    states first."""
+    make = partial(_forward, _without_arrays(operands), every, saved_dtype, [of(array) for array in (h, *last)])
+    return Planned(operands.library, operands.constants, make)
 
 
 def backward(
@@ -108,13 +118,34 @@ def backward(
     dh: NDArray,
     dc_last: Sequence[NDArray | None],
     need: Collection[str],
-) -> PlannedBackward:
+) -> Planned:
     """What is given to it: the operands that are there, the kept states, `dh` and those of `dc_last` that are there."""
+    kept, seeds = [of(array) for array in saved], [of(array) for array in (dh, *dc_last)]
+    make = partial(_backward, _without_arrays(operands), kept, every, seeds, need)
+    return Planned(operands.library, operands.constants, make)
+
+
+def _without_arrays(given: Operands) -> Operands:
+    arrays = {name: of(array) for name, array in given.arrays.items()}
+    return given.on(arrays, [of(array) for array in of_operands(given)[len(arrays) :]])
+
+
+def _forward(operands: Operands, every: int, saved_dtype: str, results: Sequence[Spot | None]) -> Plan:
     spots = Spots(operands.library, operands.constants)
-    on_spots = spots.operands(operands)
-    kept, seed, last = [*map(spots.like, saved)], spots.like(dh), [*map(spots.like, dc_last)]
-    given = len(spots.all)
-    made = recurrence.prepared_backward(on_spots, kept, every, seed, last, need)
-    planned = spots.planned(made.variant, made.arguments, given)
+    numbered, (h, *last) = spots.operands(operands), [spots.numbered(spot) for spot in results]
+    given = len(spots)
+    made = recurrence.prepared_forward(numbered, every, saved_dtype, h, last)
+    return spots.plan(made.variant, made.arguments, given)
+
+
+def _backward(
+    operands: Operands, kept: Sequence[Spot | None], every: int, seeds: Sequence[Spot | None], need: Collection[str]
+) -> Plan:
+    spots = Spots(operands.library, operands.constants)
+    numbered, saved = spots.operands(operands), [spots.numbered(spot) for spot in kept]
+    dh, *dc_last = [spots.numbered(spot) for spot in seeds]
+    given = len(spots)
+    made = recurrence.prepared_backward(numbered, saved, every, dh, dc_last, need)
     gradients = {name: spot.number - given for name, spot in made.gradients.items()}
-    return PlannedBackward(planned, gradients, [spot.number - given for spot in made.dc0])
+    dc0 = [spot.number - given for spot in made.dc0]
+    return spots.plan(made.variant, made.arguments, given)._replace(gradients=gradients, dc0=dc0)
