@@ -367,6 +367,16 @@ def test_the_value_of_a_number_in_an_array_counts():
         same_bits(found, sru_rt.sru_recurrence(u, x, alpha=alpha))
 
 
+def test_backwards_of_other_forwards_are_other_calls(ordinary):
+    u = np.random.default_rng(0).normal(size=(5, 3, 1, 2, 7)).astype(np.float32)
+    ways = [{"save": True}, {"save": 2}, {"save": True, "candidate": "positive"}, {"save": True, "mask": np.eye(5, 3)}]
+    forwards = [sru_rt.mingru_recurrence(u, **way) for way in ways]
+    wanted = [sru_rt.mingru_backward(saved, u[:, :, 0, 0]) for _, _, saved in forwards]  # of another order
+    for (_, _, saved), one in zip(forwards, wanted):
+        for _ in range(3):
+            same_bits(one, sru_rt.mingru_backward(saved, u[:, :, 0, 0].copy()))
+
+
 def test_a_backward_of_a_call_like_no_other_is_not_remembered():
     u = np.asfortranarray(np.ones((5, 3, 1, 2, 7), np.float32))
     h, _, saved = sru_rt.mingru_recurrence(u, save=True)
@@ -392,14 +402,12 @@ def test_settings_count_at_each_backward(monkeypatch):
 def test_no_array_is_held(save):
     """What is remembered has none of the arrays of the calls, neither of the first nor of those like it."""
 
-    class Watched(np.ndarray):
-        """Memory that arrays stand on, which can be referred to weakly."""
-
-    watched = []
+    references = []
 
     def new(shape, value=0.5, dtype=np.float32):
-        watched.append(np.full(shape, value, dtype).view(Watched))
-        return np.ndarray(shape, dtype, watched[-1])
+        array = np.full(shape, value, dtype)  # which views of it refer to
+        references.append(weakref.ref(array))
+        return array
 
     for _ in range(3):
         given = {"x": new((5, 3, 6)), "weight": new((1, 3, 6, 6)), "bias": new((1, 2, 6)), "v": new((1, 2, 6))}
@@ -408,9 +416,8 @@ def test_no_array_is_held(save):
         h, c, saved = sru_rt.sru_forward(**given, save=save, out=out)
         sru_rt.sru_backward(saved, h, c)
     assert remembered() == 2
-    references = [weakref.ref(array) for array in watched]
+    assert all(reference() is not None for reference in references[-9:])
     del given, out, h, c, saved
-    watched.clear()
     gc.collect()
     assert not [reference for reference in references if reference() is not None]
 
@@ -471,6 +478,16 @@ def test_on_a_gpu(cell, layer, place, ordinary):
     same_bits(place.get(tuple(wanted)), place.get(tuple(found)))
     with pytest.raises(ArgumentError, match=r"out\[0\] overlaps an input"):
         function(**given, out=(given["u" if not layer else "x"].reshape(-1)[: h.size].reshape(h.shape), None))
+
+
+def test_an_array_of_another_order_on_a_gpu(place, ordinary):
+    u = np.arange(5 * 4 * 16).reshape(5, 4, 1, 2, 8).astype(np.float32) / 400
+    on_gpu, every_other = place.put(u), place.put(u.repeat(2, 1))[:, ::2]
+    wanted = sru_rt.mingru_recurrence(on_gpu)
+    for _ in range(2):
+        n = len(ordinary)
+        same_bits(place.get(wanted), place.get(sru_rt.mingru_recurrence(every_other)))
+        assert len(ordinary) > n
 
 
 def test_lengths_with_arrays_on_a_gpu(place, monkeypatch, ordinary):
