@@ -43,13 +43,14 @@ def call(
 
     See `array_function`.
     """
-    key = None if replay.is_recording() else repeat.key(function, args, kwargs)
+    key, given = (None, ()) if replay.is_recording() else repeat.key(function, args, kwargs)
     if key is None:
         return _call(function, name, names, args, kwargs)
     known = repeat.known(key)
-    if known is not None:
-        return known((*args, *kwargs.values()))
-    with repeat.asked(key, names, args, kwargs):
+    results = None if known is None else known(given)
+    if results is not None:
+        return results
+    with repeat.asked(key, given, names, args, kwargs):
         return _call(function, name, names, args, kwargs)
 
 

@@ -68,12 +68,13 @@ def given_u(check: Check, u: Any) -> str:
 
 def one_token(check: Check, out: Any, run: Callable[[Options], tuple[Any, ...]]) -> tuple[Any, Any]:
     """Runs a sequence of one token; h and out[0] are (B, D*d)."""
+    given = None
     if isinstance(out, (tuple, list)) and len(out) == 2 and libraries.of(out[0]):
         check.set("D*d", check["D"] * check["d"], "weight")
         check.shape("out[0]", out[0], "B D*d")
-        out = (out[0][None], out[1])
+        given, out = out[0], (out[0][None], out[1])
     h, state = run(Options(out=out, in_workspace=True))
-    return h[0], state
+    return h[0] if given is None else given, state
 
 
 def of_one_token(check: Check, name: str, value: Any, axes: str) -> Any:

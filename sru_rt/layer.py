@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import recurrence, repeat, replay
@@ -11,40 +11,13 @@ from .cell import Array, Cell
 from .check import Check
 from .dtypes import state_dtype, to_numpy
 from .errors import ArgumentError, LibraryError
-from .gradients import Gradients, nbytes, wanted
+from .gradients import Gradients, wanted
 from .inputs import Input
 from .library import NDArray
 from .options import Options, each_state, memory_policy, outputs, saved_dtype
 from .projection import Projection
 from .recurrence import Operands
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """What a forward function keeps for its backward.
-
-    It holds the arrays that were given, not copies, where they needed no conversion: do not change them in between.
-    """
-
-    function: str
-    given: Mapping[str, Any]  # what the user gave, by name: dtypes, tuples of dtypes, or None
-    operands: Operands
-    sizes: tuple[int, int, int, int]  # L, B, D, d
-    states: Sequence[NDArray]
-    every: int
-    projection: Projection | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays held, those of the caller included."""
-        p = self.projection
-        held = (dict(self.operands.arrays), list(self.operands.c0), list(self.states), (p.x, p.factors) if p else ())
-        return nbytes(held, self.operands.library.pointer)
-
-    def __repr__(self) -> str:
-        L, B, D, d = self.sizes
-        kept = "every state" if self.every == 1 else f"every {self.every}th state"
-        return f"<saved by {self.function}: L={L} B={B} D={D} d={d}, {self.operands.dtype}, {kept}>"
+from .saved import Saved
 
 
 def forward(
@@ -102,18 +75,20 @@ def forward(
         library=library,
         time_parallel=options.time_parallel,
     )
-    h = None if h is None else h.reshape(L, B, D, d)
-    made = recurrence.prepared_forward(operands, every, kept_dtype, h, c_last)
+    made = recurrence.prepared_forward(
+        operands, every, kept_dtype, None if h is None else h.reshape(L, B, D, d), c_last
+    )
     made.run(library)
-    result = (made.h.reshape(L, B, D * d), _one_or_all(made.last))
-    repeat.remember(operands, check.names, options, projected, every)
     replay.record(lambda: _replayed(check, values, options, operands, projection, projected, made))
-    if not every:
-        return result
-    if options.save == "x" and projection:
-        operands = replace(operands, arrays={k: v for k, v in operands.arrays.items() if k != "u"})
-    given = _given(cell, values)
-    return *result, Saved(check.function, given, operands, (L, B, D, d), made.saved, every, projection)
+    saved, kept = None, operands
+    if every:
+        if options.save == "x" and projection:
+            kept = replace(operands, arrays={k: v for k, v in operands.arrays.items() if k != "u"})
+        given = _given(cell, values)
+        saved = Saved(check.function, given, kept, (L, B, D, d), made.saved, every, projection)
+    saved = repeat.remember(check.names, options, projected, operands, made, saved)
+    result = made.h.reshape(L, B, D * d) if h is None else h, _one_or_all(made.last)
+    return (*result, saved) if saved else result
 
 
 def _replayed(
@@ -206,15 +181,30 @@ def backward(function: str, saved: Any, dh: Any, dc_last: Any, need: Any) -> Gra
 
 
 def _backward(function: str, saved: Saved, dh: Any, dc_last: Any, need: Any) -> Gradients:
+    if dh is None and dc_last is not None:
+        L, B, D, d = saved.sizes
+        dh = saved.operands.library.xp.zeros((L, B, D * d), to_numpy(saved.operands.dtype))
+    key, given = repeat.key_of_backward(saved, dh, dc_last, need)
+    known = repeat.known(key)
+    if known is not None:
+        found, dc0 = known(_with_u(saved), saved.states, given)
+        return _gradients(saved, found, dc0, known.need, need is None)
     names = wanted(function, need, saved.given)
     operands = _with_u(saved)
-    cell, projection = operands.cell, saved.projection
     dh, dc_last = _seeds(Check(function, operands.library), saved, dh, dc_last)
-    wanted_arrays = names - {cell.initial}
-    if projection and names & {"x", "weight"}:
-        wanted_arrays.add("u")
-    found, dc0 = recurrence.backward(operands, saved.states, saved.every, dh, dc_last, wanted_arrays)
-    values: dict[str, Any] = dict(found)
+    arrays = names - {operands.cell.initial}
+    if saved.projection and names & {"x", "weight"}:
+        arrays.add("u")
+    found, dc0 = recurrence.backward(operands, saved.states, saved.every, dh, dc_last, arrays)
+    repeat.remember_backward(key, given, saved, operands, [dh, *dc_last], arrays, names)
+    return _gradients(saved, found, dc0, names, need is None)
+
+
+def _gradients(
+    saved: Saved, found: dict[str, NDArray], dc0: list[NDArray], names: Collection[str], with_none: bool
+) -> Gradients:
+    """The gradients called `names`, of what kernels have found; `with_none` also None of what was None."""
+    cell, projection, values = saved.operands.cell, saved.projection, dict[str, Any](found)
     for a in cell.arrays:
         if a.side_by_side and a.name in values:
             values[a.name] = _side_by_side(values[a.name])
@@ -224,7 +214,8 @@ def _backward(function: str, saved: Saved, dh: Any, dc_last: Any, need: Any) -> 
     if projection and "weight" in names:
         values["weight"] = _one_or_all(projection.gradient_of_weight(found["u"]))
     result = {name: _cast(values[name], saved.given[name]) for name in saved.given if name in names}
-    result |= {name: None for name, given in saved.given.items() if given is None and need is None}
+    if with_none:
+        result |= {name: None for name, given in saved.given.items() if given is None}
     return Gradients(result, list(saved.given))
 
 
@@ -253,10 +244,8 @@ def _seeds(check: Check, saved: Saved, dh: Any, dc_last: Any) -> tuple[NDArray, 
         check.set(axis, size, saved.function)
     dtype, library, name = saved.operands.dtype, check.library, f"d{saved.operands.cell.last}"
     state = state_dtype(dtype)
-    if dh is None and dc_last is None:
-        raise check.error("dh", f"and {name} are both None; give the gradient of at least one result")
     if dh is None:
-        dh = library.xp.zeros((L, B, D * d), to_numpy(dtype))
+        raise check.error("dh", f"and {name} are both None; give the gradient of at least one result")
     dh = check.array("dh", dh, "L B D*d", (dtype, state))
     last: list[NDArray | None] = []
     for one, array in each_state(check, name, dc_last, len(saved.operands.cell.state)):

@@ -20,6 +20,7 @@ from .errors import ArgumentError
 NDArray = np.ndarray[Any, Any]
 
 _ALIGNMENT = 64  # a cache line: packs of lanes do not straddle two
+_SMALL = 1 << 12  # up to which it takes longer to align an array than packs save
 _LARGE = 1 << 20  # below, the system's allocator reuses memory well
 
 _MOST_PLACES = 16
@@ -45,8 +46,10 @@ class _Block:
 
 
 def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray:
-    """An uninitialised C-contiguous array that begins at a multiple of a cache line."""
+    """An uninitialised C-contiguous array that begins at a multiple of a cache line, unless it is small."""
     nbytes = prod(shape) * dtype.itemsize
+    if nbytes <= _SMALL:
+        return np.empty(shape, dtype)
     if nbytes >= _LARGE:
         return np.asarray(_take(nbytes))[:nbytes].view(dtype).reshape(shape)
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)

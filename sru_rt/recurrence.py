@@ -56,6 +56,16 @@ class Operands:
     def accumulator(self) -> np.dtype[Any]:
         return to_numpy(state_dtype(self.dtype))
 
+    def on(self, arrays: Mapping[str, NDArray], others: Sequence[NDArray | None]) -> Operands:
+        """The same recurrence on other arrays of these layouts; `others` are the states, lengths, mask and reset.
+
+        It takes a fifth of the time of `dataclasses.replace`.
+        """
+        *c0, lengths, mask, reset = others
+        made = object.__new__(Operands)
+        made.__dict__.update(self.__dict__, arrays=arrays, c0=c0, lengths=lengths, mask=mask, reset=reset)
+        return made
+
     def _chunk(self, forward: bool) -> int:
         variant = self.variant(state_dtype(self.dtype))
         return launch.chunk(variant, self.sizes, forward, self.time_parallel, self.library.device)
@@ -177,6 +187,16 @@ def prepared_forward(
     return Prepared(operands.variant(saved_dtype), arguments, h, last, saved, carry)
 
 
+class PreparedBackward(NamedTuple):
+    """A backward that is ready to run, and its memory: gradients by name, those of initial states, scratch."""
+
+    variant: Variant
+    arguments: abi.Backward
+    gradients: dict[str, NDArray]
+    dc0: list[NDArray]
+    scratch: Sequence[NDArray | None]
+
+
 def backward(
     operands: Operands,
     saved: Sequence[NDArray],
@@ -189,6 +209,21 @@ def backward(
 
     Gradients of gates and inputs have the dtype of what they are the gradient of, all others that of the state.
     """
+    library = operands.library
+    made = prepared_backward(operands, saved, every, dh, dc_last, need)
+    launch.run(made.variant, made.arguments, library.device, library.stream())
+    return made.gradients, made.dc0
+
+
+def prepared_backward(
+    operands: Operands,
+    saved: Sequence[NDArray],
+    every: int,
+    dh: NDArray,
+    dc_last: Sequence[NDArray | None],
+    need: Collection[str],
+) -> PreparedBackward:
+    """A backward that is ready to run."""
     cell, acc, library = operands.cell, operands.accumulator, operands.library
     pointer, empty = library.pointer, library.empty
     L, B, D, d = operands.sizes
@@ -220,5 +255,4 @@ def backward(
         dc0=[pointer(a) for a in dc0],
         saved_chunk=chunks.counted_in(cell, operands.chunk or 0),
     )
-    launch.run(variant, arguments, library.device, library.stream())
-    return gradients, dc0
+    return PreparedBackward(variant, arguments, gradients, dc0, (*states, partial, carry))

@@ -1,121 +1,84 @@
 """Calls like one before: what was checked and planned for the first is not checked and planned again.
 
 Two calls are alike if nothing but addresses and values of arrays differs. A call is remembered if its arrays lie as
-kernels take them, in whatever dtype, and if it keeps nothing for a backward; nor may there be lengths, of which the
-values are checked, or `out`.
+kernels take them, in whatever dtype. Two things are looked at anew, as they depend on addresses and values: whether
+`out` overlaps anything, and `lengths`. A call where they are not as they should be goes the ordinary way. Backwards are
+alike if the forwards were whose results they take.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from . import library as libraries
-from . import settings, spec
+from . import settings, spots
+from .again import Backward, Forward, Kept, Lengths, Projected
 from .dtypes import name_of, to_numpy
 from .inputs import Input
 from .library import Library, NDArray
 from .options import Options
-from .passes import Call, Layout, Pass, Passes, declared
-from .projection import Projection
-from .recurrence import Operands
+from .recurrence import Operands, Prepared
+from .saved import Saved
 
 _MOST = 4096
-_PLAIN = (bool, int, float, str, type(None))
-_CONTIGUOUS_AND_ALIGNED = 0x101  # of NumPy's flags
+_PLAIN = (bool, int, str, type(None))
+_CONTIGUOUS_AND_ALIGNED, _WRITEABLE = 0x101, 0x400  # of NumPy's flags
+_FLAGS = _CONTIGUOUS_AND_ALIGNED | _WRITEABLE
 
-_repeats: dict[Hashable, Repeat] = {}
-
-
-class _Place(NamedTuple):
-    """Where an operand is among the arguments, and the dtype that it must be converted to, if it must."""
-
-    position: int
-    dtype: np.dtype[Any] | None
-
-    def of(self, given: Sequence[Any], library: Library) -> NDArray:
-        array = given[self.position]
-        return array if self.dtype is None else library.contiguous(array, self.dtype)
+_repeats: dict[Hashable, Any] = {}
 
 
-@dataclass(frozen=True, eq=False)
-class Repeat:
-    """A call of which all but addresses and values is settled.
-
-    `operands` says where those of the recurrence (see `passes`) are among the arguments, None of what is not there;
-    where U is formed from x, x stands for it, and `factor` is the position of the weight.
-    """
-
-    call: Call
-    made: Pass
-    library: Library
-    operands: Sequence[_Place | None]
-    factor: int | None
-    window: int
-    one_token: bool
-
-    def __call__(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        """The results of a call with these arguments."""
-        library = self.library
-        pointer, empty = library.pointer, library.empty
-        with library.current():
-            o: list[Any] = [None if place is None else place.of(given, library) for place in self.operands]
-            if self.factor is not None:
-                o[0] = self._u(o[0], given[self.factor], o[3], o[4])
-            results: list[Any] = [None if r is None else empty(*r) for r in self._results]
-            addresses = [*self.call.constants, *map(pointer, o), *map(pointer, results)]
-            self.made.prepared.run(addresses, library.stream())
-        h, last, *_ = results
-        return h[0] if self.one_token else h, tuple(last) if self._has_several_states else last
-
-    def _u(self, x: NDArray, factor: NDArray, mask: NDArray | None, reset: NDArray | None) -> NDArray:
-        x = x[None] if self.one_token else x
-        projection = Projection(self.library, x, (factor,), self.window, None, mask, reset)
-        return projection.u(self.library.workspace if self.one_token else self.library.empty)
-
-    @cached_property
-    def _results(self) -> list[tuple[tuple[int, ...], np.dtype[Any]] | None]:
-        return [None if r is None else (r.shape, to_numpy(r.dtype)) for r in self.made.results]
-
-    @cached_property
-    def _has_several_states(self) -> bool:
-        return len(spec.cell_of(self.call.cell).state) > 1
-
-
-class _Asked(threading.local):
-    """The call that a thread is at, if it is to be remembered: its key, and its arguments by name."""
-
-    key: Hashable = None
-    arguments: Mapping[str, Any] | None = None
-
-
-_asked = _Asked()
-
-
-def key(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """What calls that are alike have in common; None of a call that is like no other."""
+def key(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Hashable, Sequence[NDArray]]:
+    """What calls that are alike have in common, None of a call that is like no other; and the arrays of this one."""
     found: list[Any] = [function, settings.of_calls(), len(args), *kwargs]
-    for value in (*args, *kwargs.values()):
+    arrays: list[NDArray] = []
+    return (tuple(found) if _describe((*args, *kwargs.values()), found, arrays) else None), arrays
+
+
+def key_of_backward(saved: Saved, dh: Any, dc_last: Any, need: Any) -> tuple[Hashable, Sequence[NDArray]]:
+    """The same of a backward."""
+    found: list[Any] = [saved.kind, settings.of_calls()]
+    arrays: list[NDArray] = []
+    names = tuple(need) if isinstance(need, (set, frozenset)) else need
+    known = saved.kind is not None and _describe((dh, dc_last, names), found, arrays)
+    return (tuple(found) if known else None), arrays
+
+
+def _describe(values: Iterable[Any], found: list[Any], arrays: list[NDArray]) -> bool:
+    """Adds what alike calls have in common to `found`, and arrays to `arrays`; false if no call is like this one."""
+    for value in values:
         kind = type(value)
         if kind is np.ndarray:
-            if value.flags.num & _CONTIGUOUS_AND_ALIGNED != _CONTIGUOUS_AND_ALIGNED:
-                return None
-            found.append((value.shape, value.dtype))
+            flags = value.flags.num & _FLAGS
+            if flags & _CONTIGUOUS_AND_ALIGNED != _CONTIGUOUS_AND_ALIGNED:
+                return False
+            found.append((value.shape, value.dtype, flags))
+            arrays.append(value)
         elif kind in _PLAIN:
             found.append((kind, value))
+        elif kind is float:
+            found.append((kind, value.hex()))  # which tells 0.0 from -0.0
+        elif kind is tuple or kind is list:
+            found.append((kind, len(value)))
+            if not _describe(value, found, arrays):
+                return False
         else:
             layout = _on_gpu(kind, value)
             if layout is None:
-                return None
+                return False
             found.append(layout)
-    return tuple(found)
+            arrays.append(value)
+    return True
 
 
 def _on_gpu(kind: type, array: Any) -> Hashable:
@@ -126,68 +89,208 @@ def _on_gpu(kind: type, array: Any) -> Hashable:
     return None if library.not_writable(array) else (array.shape, array.dtype, library.device)
 
 
-def known(key: Hashable) -> Repeat | None:
+def known(key: Hashable) -> Any:
+    """The `Forward` or `Backward` of a key, None if there is none yet."""
     return _repeats.get(key)
 
 
+def _remember(key: Hashable, repeat: Any) -> None:
+    if len(_repeats) >= _MOST:
+        _repeats.clear()
+    _repeats[key] = repeat
+
+
+class _Asked(threading.local):
+    """The call that a thread is at, if it is to be remembered: its key, its arrays, and where they are by name."""
+
+    key: Hashable = None
+    given: Sequence[NDArray] = ()
+    named: Mapping[str, int] = MappingProxyType({})
+
+    def position(self, name: str, array: NDArray, library: Library) -> int | None:
+        """Where what became a kernel's array was given; None if it is a copy of another order.
+
+        Lengths are copied in any case, and may be on the host.
+        """
+        position = self.named.get(name)
+        if position is None or name == "lengths":
+            return position
+        given = self.given[position]
+        if libraries.of(given) is not library or given.size != array.size:
+            return None
+        same = given.dtype != array.dtype or library.pointer(given) == library.pointer(array)
+        return position if same else None
+
+
+_asked = _Asked()
+
+
 @contextmanager
-def asked(key: Hashable, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def asked(
+    key: Hashable, given: Sequence[NDArray], names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
     """While a call of this key runs, which is to be remembered if it can be."""
-    before = _asked.key, _asked.arguments
-    _asked.key, _asked.arguments = key, {**dict(zip(names, args)), **kwargs}
+    before = _asked.key, _asked.given, _asked.named
+    leaves = [leaf for name, value in (*zip(names, args), *kwargs.items()) for leaf in _leaves(name, value)]
+    rest, named = iter(leaves), dict[str, int]()
+    for i, array in enumerate(given):  # in the order of the leaves; what has no name the function refuses
+        named[next((name for name, value in rest if value is array), "")] = i
+    _asked.key, _asked.given, _asked.named = key, given, named
     try:
         yield
     finally:
-        _asked.key, _asked.arguments = before
+        _asked.key, _asked.given, _asked.named = before
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What is in tuples, by names such as ``out[1]``."""
+    if isinstance(value, (tuple, list)):
+        for i, one in enumerate(value):
+            yield from _leaves(f"{name}[{i}]", one)
+    else:
+        yield name, value
 
 
 def remember(
-    operands: Operands, names: Mapping[str, str], options: Options, projected: Input | None, every: int
-) -> None:
-    """Remembers the call that this thread is at, if it is one that can be.
+    names: Mapping[str, str],
+    options: Options,
+    projected: Input | None,
+    operands: Operands,
+    made: Prepared,
+    saved: Saved | None,
+) -> Saved | None:
+    """Remembers the forward that this thread is at, if it is one that can be. Returns `saved`, with its kind then.
 
     Args:
         names: what the function calls arrays that the cell declares under other names.
     """
-    if _asked.key is None or every or options.out is not None or options.lengths is not None:
-        return
-    cell, library = operands.cell, operands.library
-    (u,) = (a.name for a in cell.arrays if a.kind == "gates")
-    first = ("x", projected.x) if projected else (u, operands.arrays[u])
-    state = operands.c0[0] if len(cell.state) == 1 else None
-    if state is None and any(a is not None for a in operands.c0):
-        return
-    arrays = [(a.name, operands.arrays[a.name]) for a in declared(cell)]
-    named = [first, (cell.initial, state), ("lengths", None), ("mask", operands.mask), ("reset", operands.reset)]
-    places = [_place(names.get(name, name), array, library) for name, array in (*named, *arrays)]
-    factor = _place("weight", projected.factors[0], library) if projected else None
-    if any(array is not None and place is None for (_, array), place in zip((*named, *arrays), places)):
-        return
-    if projected and (factor is None or len(projected.factors) > 1 or projected.source.shape != projected.x.shape):
-        return
-    o = [operands.arrays[u], state, None, operands.mask, operands.reset, *(array for _, array in arrays)]
-    call = Call(spec.text_of(cell), tuple(operands.constants), 1, str(options.time_parallel), keep=False)
-    layouts = [None if a is None else Layout(tuple(a.shape), name_of(a.dtype)) for a in o]
-    if len(_repeats) >= _MOST:
-        _repeats.clear()
-    _repeats[_asked.key] = Repeat(
-        call,
-        Passes(call, layouts, library.device).forward(),
-        library,
-        places,
-        factor and factor.position,
-        projected.window if projected else 1,
-        options.in_workspace,
+    given, is_token = _asked.given, options.in_workspace
+    o = None if _asked.key is None else _positions(names, operands, bool(projected))
+    from_x = _projected(projected, operands, o[-3:], is_token) if projected and o else None
+    if o is None or (projected and not from_x):
+        return saved
+    results, new = _results(operands, made, len(given) + bool(projected), is_token)
+    read = {*o, *((from_x.x, *from_x.factors) if from_x else ())}
+    if not read.union(results).issuperset(range(len(given))):
+        return saved  # the value of an array, such as alpha, may be part of what is settled
+    saved = replace(saved, kind=object()) if saved else None
+    repeat = Forward(
+        library=operands.library,
+        lengths=Lengths(o[-3], operands.sizes[0]) if o[-3] is not None else None,
+        converted=_converted(operands, o),
+        projected=from_x,
+        made=new,
+        planned=spots.forward(operands, saved.every if saved else 0, made.variant.saved_dtype, made.h, made.last),
+        order=[*(i for i in o if i is not None), *results],
+        results=results,
+        sizes=[array.nbytes if i != o[-3] else 0 for i, array in enumerate(given)],
+        written=_written(results, o[len(operands.arrays) : -3]),
+        kept=_kept(saved, o, operands) if saved else None,
     )
+    _remember(_asked.key, repeat)
+    return saved
 
 
-def _place(name: str, array: NDArray | None, library: Library) -> _Place | None:
-    """Where what became a kernel's array was given; None if it is a copy of another order."""
-    if array is None:
+def _positions(names: Mapping[str, str], operands: Operands, forms_u: bool) -> list[int | None] | None:
+    """Where operands (see `spots.of_operands`) are among the arrays of this thread's call; None if some are not.
+
+    Where U is formed it is the next array.
+    """
+    state, n = names.get(operands.cell.initial, operands.cell.initial), len(operands.c0)
+    states = [state] if n == 1 else [f"{state}[{i}]" for i in range(n)]
+    named = [*(names.get(name, name) for name in operands.arrays), *states, "lengths", "mask", "reset"]
+    found: list[int | None] = []
+    for name, array in zip(named, spots.of_operands(operands)):
+        position = None
+        if array is not None:
+            position = len(_asked.given) if forms_u and name == "u" else _asked.position(name, array, operands.library)
+            if position is None:
+                return None
+        found.append(position)
+    return found
+
+
+def _projected(projected: Input, operands: Operands, flags: Sequence[int | None], is_token: bool) -> Projected | None:
+    """Where U comes from; None if that is not among the arrays of this thread's call as it is."""
+    library, factors = operands.library, projected.factors
+    names = ["weight"] if len(factors) == 1 else [f"weight[{i}]" for i in range(len(factors))]
+    x, *found = (_asked.position(n, array, library) for n, array in zip(["x", *names], [projected.x, *factors]))
+    there = [i for i in found if i is not None]
+    if x is None or len(there) < len(factors) or projected.source.shape != projected.x.shape:
         return None
-    for i, (given_name, given) in enumerate((_asked.arguments or {}).items()):
-        if given_name == name and libraries.of(given) is library and given.size == array.size:
-            if given.dtype != array.dtype:
-                return _Place(i, to_numpy(name_of(array.dtype)))
-            return _Place(i, None) if library.pointer(given) == library.pointer(array) else None
-    return None
+    return Projected(x, there, projected.window, flags, is_token)
+
+
+def _results(
+    operands: Operands, made: Prepared, n: int, is_token: bool
+) -> tuple[list[int], list[tuple[tuple[int, ...], Any]]]:
+    """Where h and the last states go, and shapes and dtypes of those that are not given, of which `n` is the first."""
+    L, B, D, d = operands.sizes
+    states = ["out[1]"] if len(made.last) == 1 else [f"out[1][{i}]" for i in range(len(made.last))]
+    shapes = [(B, D * d) if is_token else (L, B, D * d), *((D, B, d) for _ in states)]
+    found, new = list[int](), list[tuple[tuple[int, ...], Any]]()
+    for name, shape, array in zip(["out[0]", *states], shapes, [made.h, *made.last]):
+        if name not in _asked.named:
+            new.append((shape, array.dtype))
+        found.append(_asked.named.get(name, n + len(new) - 1))
+    return found, new
+
+
+def _written(results: Sequence[int], states: Sequence[int | None]) -> list[tuple[int, int | None]]:
+    """The given arrays that are written to, each with the state that it may overwrite."""
+    given, found = _asked.given, list[tuple[int, int | None]]()
+    for i, state in zip(results, [None, *states]):
+        if i < len(given):
+            alike = state is not None and given[state].dtype == given[i].dtype
+            found.append((i, state if alike else None))
+    return found
+
+
+def _converted(operands: Operands, o: Sequence[int | None]) -> list[tuple[int, np.dtype[Any]]]:
+    """The given arrays that kernels take in other dtypes; but lengths."""
+    given, found = _asked.given, list[tuple[int, np.dtype[Any]]]()
+    for i, array in zip(o, spots.of_operands(operands)):
+        if i is not None and i < len(given) and i != o[-3] and given[i].dtype != array.dtype:
+            found.append((i, to_numpy(name_of(array.dtype))))
+    return found
+
+
+def _kept(saved: Saved, o: Sequence[int | None], operands: Operands) -> Kept:
+    """What is kept for the backward, which has no U if it is to be formed again."""
+    given, shapes, n = _asked.given, dict[str, tuple[int, ...]](), len(operands.arrays)
+    at = {name: i for name, i in zip(operands.arrays, o) if i is not None and name in saved.operands.arrays}
+    for name, i in at.items():
+        shape = operands.arrays[name].shape
+        if i < len(given) and given[i].shape != shape:
+            shapes[name] = shape
+    like = saved.on(operands.on({}, [None] * len(o[n:])), (), None)
+    return Kept(like, at, shapes, o[n:])
+
+
+def remember_backward(
+    key: Hashable,
+    given: Sequence[NDArray],
+    saved: Saved,
+    operands: Operands,
+    seeds: Sequence[NDArray | None],
+    arrays: Collection[str],
+    need: Collection[str],
+) -> None:
+    """Remembers a backward of this key, if it is not None.
+
+    Args:
+        given: the gradients of h and of the last states that were given.
+        seeds: these as kernels take them, None of states that none was given of.
+        arrays: names of the arrays whose gradients kernels form.
+        need: names of the gradients that are wanted.
+    """
+    if key is None:
+        return
+    converted = [
+        (i, to_numpy(name_of(seed.dtype)))
+        for i, (array, seed) in enumerate(zip(given, (seed for seed in seeds if seed is not None)))
+        if array.dtype != seed.dtype
+    ]
+    dh, *last = seeds
+    planned = spots.backward(operands, saved.states, saved.every, dh, last, arrays)
+    _remember(key, Backward(planned, converted, need))

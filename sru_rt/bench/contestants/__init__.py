@@ -12,7 +12,7 @@ from .in_torch import OursInTorch, ProductsOfTorch
 from .jax_scans import AssociativeScan, Scan
 from .mingru_pytorch import MinGRUPyTorch
 from .naive import Naive
-from .overheads import Clone, EmptyCall
+from .overheads import Clone, EmptyCall, WithoutOut
 from .sru import Sru
 from .torch_layers import GRU, LSTM, Convolution
 from .torch_scan import TorchScan
@@ -23,6 +23,7 @@ ALL: tuple[Contestant, ...] = (
     Products(),
     Ours(),
     Prepared(),
+    WithoutOut(),
     Naive(),
     ProductsOfTorch(),
     OursInTorch(),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from functools import partial
 from typing import Any
 
 from ... import compile_cpu
 from ..contest import Against, Built, Contestant, Place
-from ..problem import FORWARD, Problem, given
+from ..problem import FORWARD, SAVE, Problem, given
 from . import tensors
+from .in_arrays import NAME
 from .in_jax import NAME as IN_JAX
 from .in_jax import ready
 
@@ -29,6 +31,26 @@ class _Overhead(Contestant):
 
     def label(self, problem: Problem, which: str) -> str:
         return self.name
+
+
+class WithoutOut(_Overhead):
+    """Our own functions on arrays of NumPy where they make their results, for which they are given no `out=`."""
+
+    name = f"{NAME} without out="
+    process = "arrays"
+
+    def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
+        return (FORWARD, SAVE) if super().passes(problem, device) else ()
+
+    def label(self, problem: Problem, which: str) -> str:
+        return f"{problem.name} by {self.name}, {which}"
+
+    def build(self, problem: Problem, place: Place) -> Built:
+        arrays = given(problem)
+        del arrays["dh"]
+        forward = partial(problem.cell.recurrence, **arrays, **problem.cell.options)
+        calls = {FORWARD: [forward], SAVE: [partial(forward, save=True)]}
+        return Built(calls, lambda: dict(zip(("h", "last"), forward())))
 
 
 class Clone(_Overhead):
