@@ -27,7 +27,7 @@ import tolerance
 from emu import emulator, fake_cupy
 from matrix import matrix
 from problems import DTYPES, FULL, LAYER_ROWS, LAYOUTS, POLICIES, ROWS, SIZES, Problem, compare, name_of
-from sru_rt import launch, on_cupy, recurrence
+from sru_rt import launch, on_cupy, prepared, recurrence
 from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError, SruRtError
 from test_arrays import B, D, L, d
 
@@ -50,8 +50,12 @@ def cupy(monkeypatch):
         record.launches.append((type(arguments).__name__, number, stream))
         return run(variant, arguments)
 
+    def run_prepared(self: Any, addresses: Any, stream: int = 0) -> None:
+        run_here(self._variant, prepared._filled(self._arguments, addresses), self._device, stream)
+
     with fake_cupy.installed(monkeypatch) as module:
         monkeypatch.setattr(recurrence.launch, "run", run_here)
+        monkeypatch.setattr(prepared.Prepared, "run", run_prepared)
         monkeypatch.setattr(recurrence.launch, "needs_scratch", lambda variant, every, device: every > 1)
         yield module
 
