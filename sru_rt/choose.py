@@ -16,7 +16,7 @@ from . import costs, predict
 from .cell import Cell
 from .dtypes import state_dtype
 from .machine import SCHEDULERS, Device, Machine, usual
-from .shared_memory import shared_channels, state_bytes, tile, tile_threads
+from .shared_memory import shared_channels, staged_bytes, staged_channels, state_bytes, tile, tile_threads
 from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
 from .variant import Variant
 
@@ -33,6 +33,7 @@ _WARM_UP = 64
 # Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring that
 # is too deep costs less than one that is not deep enough.
 _CAUTION = 1.5
+_COPIES_SINCE = 80  # the first architecture with asynchronous copies
 _ALIKE = 1.02  # predictions that count as the same
 _STEPS = 1 << 20  # so many that what comes before the first one does not count
 # What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     in_shared: bool = False  # whether recomputed states lie in shared memory
     one_kernel: bool = True  # rather than three, for chunks whose steps compose
     tile: int = 0  # steps of a tile, 0 if there is none
+    may_stage: bool = False  # whether arrays lie such that rows can be copied to shared memory
 
     @property
     def sweep(self) -> str:
@@ -77,8 +79,10 @@ class Task(NamedTuple):
         found = tile(self.variant, self.forward, self.every) if self.looks_ahead and self.tile else {}
         return found if tile_threads(self.tile, width * sum(found.values())) else {}
 
-    def block(self, width: int) -> int:
+    def block(self, width: int, staged: bool = False) -> int:
         """Threads of the largest block."""
+        if staged:
+            return staged_channels(self.variant, self.every) // width // 32 * 32
         if held := self.held(width):
             return tile_threads(self.tile, width * sum(held.values()))
         channels = shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
@@ -93,11 +97,13 @@ class Choice(NamedTuple):
     replay_depth: int
     reduce_depth: int
     threads: int
+    staged: bool = False
 
     def kernel(self, task: Task) -> predict.Kernel:
         """What the sweep takes, of a tile that is there already."""
         held = [*task.held(self.width).values()]
         states = task.every * state_bytes(task.variant) if task.in_shared else 0
+        channel = staged_bytes(task.variant, task.every) if self.staged else states + task.tile * sum(held)
         return costs.sweep(
             task.variant,
             task.forward,
@@ -106,8 +112,9 @@ class Choice(NamedTuple):
             depth=self.depth,
             replay_depth=self.replay_depth,
             threads=self.threads,
-            shared=self.threads * self.width * (states + task.tile * sum(held)),
+            shared=self.threads * self.width * channel,
             held=held,
+            staged=self.staged,
         )
 
     def looking_ahead(self, task: Task, chunk: int) -> tuple[predict.Kernel, predict.Kernel]:
@@ -164,11 +171,16 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         for depth in depths:
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at)
+        if task.may_stage and arch >= _COPIES_SINCE and (threads := min(threads, task.block(width, staged=True))):
+            choice = Choice(width, _DEPTH_OF_NOTHING, _DEPTH_OF_NOTHING, 1, threads, staged=True)
+            found[choice] = _time(machine, choice.kernel(task), at)
     most = _ALIKE * min(time.worst for time in found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
     few = at < 2 * 32 * SCHEDULERS
     alike = [choice for choice, time in found.items() if time.worst <= most]
-    best = min(alike, key=lambda c: (c.width if few else -c.width, c.depth))
+    best = min(alike, key=lambda c: (not c.staged, c.width if few else -c.width, c.depth))
+    if best.staged:
+        return best
     rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
     summarised = {n: _summaries(task, best, n) for n in _reductions(task, best.width)}
     return best._replace(

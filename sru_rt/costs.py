@@ -23,6 +23,7 @@ OPERATION, SPECIAL_OPERATION = 4, 20
 _CHAINS = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
+_COPY = 1.5  # the same of a copy to shared memory
 _OF = {"sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
 _SPECIAL_OF = {"sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
 _DOUBLE = 70  # instructions of a function in float64
@@ -40,21 +41,26 @@ def sweep(
     threads: int = 32,
     shared: int = 0,
     held: Sequence[int] = (),
+    staged: bool = False,
 ) -> Kernel:
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
-    `held` are the sizes of what it reads from shared memory.
+    `held` are the sizes of what it reads from shared memory. If `staged`, rings are filled from there, and what is
+    under way is a piece at least.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
     instructions, special = _instructions(variant, forward, again, width)
+    if staged:
+        instructions += _COPY * _copies(variant, width)
+    twice = again and not staged
     return Kernel(
         reads=reads - sum(held),
         writes=writes,
-        again=sum(replayed(variant)) if again else 0,
+        again=sum(replayed(variant)) if twice else 0,
         width=width,
-        depth=depth,
-        replay_depth=replay_depth if again else 0,
+        depth=every if staged else depth,
+        replay_depth=replay_depth if twice else 0,
         every=max(1, every),
         threads=threads,
         registers=_registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
@@ -143,6 +149,11 @@ def clear() -> Kernel:
 def sums(variant: Variant) -> Kernel:
     """The kernel that adds up sums of sequences and chunks, eight threads a column; its steps are rows of a thread."""
     return Kernel(reads=ITEMSIZE[state_dtype(variant.dtype)], writes=0, depth=4, threads=256, instructions=4, chain=4)
+
+
+def _copies(variant: Variant, width: int) -> float:
+    """Copies by which the rows of a channel are staged; one takes two channels of 16 bits at least."""
+    return (len(variant.cell.gates) + len(variant.cell.inputs) + 1) / (2 if ITEMSIZE[variant.dtype] == 2 else width)
 
 
 def _words(streams: Iterable[int], width: int) -> int:

@@ -1,6 +1,7 @@
-"""What a block of a GPU holds in shared memory: states that it recomputes, or a tile, and how much has room there.
+"""What a block of a GPU holds in shared memory, and how much has room there.
 
-A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it.
+A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
+recomputes states holds them, and where it is staged (cuda/gpu_stage.h) the rows of two pieces.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .traffic import ITEMSIZE, read, summarised
 from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
+_PIECES = 2  # whose rows are staged: `buffers` of cuda/gpu_stage.h
 _TILES = (32, 64)  # steps of chunks that have a tile; what is read twice of longer ones comes from memory twice
 
 
@@ -22,6 +24,22 @@ def state_bytes(variant: Variant) -> int:
 def shared_channels(variant: Variant, every: int) -> int:
     """Channels of which a block has room for the states of a piece."""
     return SHARED_BYTES // (every * state_bytes(variant))
+
+
+def staged(variant: Variant) -> dict[int, int]:
+    """Sizes of what is staged of each step, by the number in `traffic.read`: all but states."""
+    sizes = read(variant, False, keep=2)
+    return dict(enumerate(sizes[: len(sizes) - len(variant.cell.state)]))
+
+
+def staged_bytes(variant: Variant, every: int) -> int:
+    """Of a channel of which pieces of `every` steps are staged, with the states."""
+    return every * (_PIECES * sum(staged(variant).values()) + state_bytes(variant))
+
+
+def staged_channels(variant: Variant, every: int) -> int:
+    """Channels of which a block has room for that."""
+    return SHARED_BYTES // staged_bytes(variant, every)
 
 
 def tile_steps(chunk: int) -> int:

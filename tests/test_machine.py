@@ -180,7 +180,7 @@ def test_estimates_beside_the_record():
         every = {"nothing kept": 0, "all states kept": 1}.get(kept, 32)
         taken = {k: kernel[k] for k in ("width", "depth", "replay_depth", "threads")}
         variant = Variant(CELLS[name], dtype, state_dtype(dtype))
-        estimate = costs.sweep(variant, direction == "forward", every, **taken)
+        estimate = costs.sweep(variant, direction == "forward", every, **taken, staged=kernel.get("staged", False))
         assert estimate.special == pytest.approx(kernel["mufu"], abs=0.1), key
         for what, found in off.items():
             found.append(getattr(estimate, what) / kernel[what] - 1)

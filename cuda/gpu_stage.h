@@ -1,0 +1,234 @@
+// The backward that recomputes states, with the rows of whole pieces staged in shared memory: each is read from global
+// memory once, by copies that are under way while the two pieces before it are gone through. Of two buffers one holds
+// the piece at hand. As the sweep goes back over it, rows of the next piece but one take the places of those that it
+// is done with, each that of the row as far from the end of its own piece.
+//
+// A copy has four bytes at least. Where a thread has two, two neighbours copy for each other, every other row each, and
+// meet before they read rows and before they copy into the places of others.
+#pragma once
+
+#include "gpu_tile.h"
+
+template <class Cell, class Io, class Saved, unsigned wide, class Plan>
+struct GpuStage {
+  typedef GpuSweep<Cell, Io, Saved, wide, Plan> Sweep;
+  typedef GpuTile<Cell, Io, Saved, wide, Plan> Tile;
+  typedef typename Sweep::acc acc;
+  typedef typename Sweep::real real;
+  typedef typename Sweep::Row Row;
+  typedef typename Sweep::Part Part;
+  typedef typename Sweep::Fixed Fixed;
+  typedef typename Sweep::Piece Piece;
+  typedef typename Sweep::Scratch Scratch;
+  typedef typename Sweep::template BackRow<acc> BackRow;
+  template <bool reverse>
+  using Span = typename Sweep::template Span<reverse>;
+
+  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = 2;
+  static constexpr int channels = sizeof(Io) * width < 4 ? 2 : width;  // of a copy
+  static constexpr int neighbours = channels / width;                  // that copy for each other
+
+  SRU_FN int number() { return threadIdx.x % neighbours; }  // among them
+  SRU_FN Part first_of(Part neighbour) {
+    neighbour.j -= number() * width;
+    return neighbour;
+  }
+  SRU_FN void meet() {
+    if (neighbours > 1) __syncwarp(3u << threadIdx.x % 32 / 2 * 2);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // From global memory to shared
+
+  template <int bytes>
+  SRU_FN void start_copy(void *to, const void *from) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16, "what copies may have");
+    if (bytes == 4) cp_async_4(to, from);
+    if (bytes == 8) cp_async_8(to, from);
+    if (bytes == 16) cp_async_16(to, from);
+  }
+
+  // Copies one value after another of a step, for all neighbours. They lie as GpuTile::Move has it.
+  struct Copy {
+    unsigned char *at;
+
+    template <class T>
+    SRU_MEMBER void operator()(const T *from) {
+      constexpr int mine = sizeof(T) * width;
+      start_copy<sizeof(T) * channels>(at + (threadIdx.x - number()) * mine, from);
+      at += Plan::threads * mine;
+    }
+  };
+
+  // Copies the rows of a piece, last row first, to `to`.
+  template <bool reverse>
+  struct Copies {
+    typename Sweep::template Reader<reverse, reverse> from;
+    const Io *dh;
+    unsigned char *to;
+    index_t dh_step;
+    int left;
+
+    SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece,
+                      unsigned char *to)
+        : from(f.given, first_of(at), span.time(piece.last - 1 - number())),
+          to(to + number() * step_bytes),
+          left(piece.steps()) {
+      const index_t rows = Sweep::batch(f.given) * Plan::D * Plan::d;
+      dh = (const Io *)f.dh + from.t * rows + at.row(reverse) * Plan::d + first_of(at).j;
+      dh_step = reverse ? rows : -rows;
+    }
+
+    SRU_MEMBER void row(int k) const {
+      Copy copy = {to + k * step_bytes};
+      for (int i = 0; i < Cell::n_gates; i++)
+        copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = k * from.rows * Plan::input_stride(i);
+        if (Sweep::is_wide(i))
+          copy((const acc *)from.input[i] + offset);
+        else
+          copy((const Io *)from.input[i] + offset);
+      }
+      copy(dh + k * dh_step);
+    }
+    // The next `steps` rows, as far as there are any.
+    template <int steps>
+    SRU_MEMBER void some() {
+#pragma unroll
+      for (int k = 0; k < steps; k += neighbours)
+        if (k + number() < steps && k + number() < left) row(k);
+      from.advance(steps);
+      dh += steps * dh_step;
+      to += steps * step_bytes;
+      left -= steps;
+    }
+    SRU_MEMBER void others() {
+#pragma unroll 1
+      while (left > 0) some<neighbours>();
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // From shared memory
+
+  // Rows of a piece, first row first.
+  struct Forwards {
+    unsigned char *at;
+
+    SRU_MEMBER Row read(index_t k) const {
+      Row row;
+      typename Tile::template Move<false> move = {at - k * step_bytes};
+      Tile::visit(row, move);
+      row.padded = row.starts_anew = false;
+      return row;
+    }
+    SRU_MEMBER void advance(index_t k) { at -= k * step_bytes; }
+  };
+
+  // Last row first, with the states before their steps.
+  struct Backwards {
+    unsigned char *at;
+    Scratch from;
+
+    SRU_MEMBER Backwards(unsigned char *at, const Scratch &scratch, int steps) : at(at), from(scratch) {
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] += (steps - 1) * from.step;
+    }
+    SRU_MEMBER BackRow read(index_t k) const {
+      BackRow back;
+      typename Tile::template Move<false> move = {at + k * step_bytes};
+      Tile::visit(back, move);
+      back.row.padded = back.row.starts_anew = false;
+      for (int i = 0; i < Cell::n_state; i++) back.state[i] = load_packed<acc, width>(from.state[i] - k * from.step);
+      return back;
+    }
+    SRU_MEMBER void advance(index_t k) {
+      at += k * step_bytes;
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] -= k * from.step;
+    }
+  };
+
+  // What the sweep back gives its rows to: the work, and copies into the places of rows that it is done with.
+  template <class Work, class Copies>
+  struct AndCopy {
+    Work &work;
+    Copies &copies;
+
+    SRU_MEMBER void take(const BackRow &back, int k) { work.take(back, k); }
+    SRU_MEMBER void advance(index_t k) {
+      work.advance(k);
+      meet();
+      copies.template some<Plan::depth>();
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
+
+  template <bool reverse, class Work>
+  SRU_FN void go_back(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
+                      Work &work) {
+    extern __shared__ __align__(16) unsigned char sru_shared[];
+    const Scratch scratch(f, at, reverse, 0, buffers * step_bytes);
+    const index_t offset = at.row(reverse) * Plan::d + at.j;
+    unsigned char *here = sru_shared, *there = sru_shared + f.given.every * step_bytes;
+    typename Sweep::template Pieces<reverse> all(f, span);
+    Piece piece = all.next(), next = all.next();
+    for (int i = 0; i < buffers; i++) {
+      Copies<reverse>(f, at, span, i ? next : piece, i ? there : here).others();
+      cp_async_commit();
+    }
+    typename Sweep::template Pack<Saved> state[Cell::n_state];
+    if (piece.steps()) piece.read(f, offset, state);
+    while (piece.steps()) {
+      cp_async_wait<buffers - 1>();
+      meet();
+      typename Sweep::Replay replay = {fixed, scratch};
+      for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
+      Forwards forwards = {here + (piece.steps() - 1) * step_bytes};
+      Sweep::template sweep<Plan::replay_depth>(forwards, piece.steps(), replay);
+
+      if (next.steps()) next.read(f, offset, state);
+      const Piece later = all.next();
+      Copies<reverse> copies(f, at, span, later, here);
+      AndCopy<Work, Copies<reverse>> taker = {work, copies};
+      Backwards from(here, scratch, piece.steps());
+      work.start(f, at, span.time(piece.last - 1));
+      Sweep::template sweep<Plan::depth>(from, piece.steps(), taker);
+      meet();
+      copies.others();
+      cp_async_commit();
+      unsigned char *const done = here;
+      here = there, there = done;
+      piece = next, next = later;
+    }
+  }
+
+  template <bool reverse>
+  SRU_FN void backward_direction(const BackwardArguments<Cell> &f) {
+    const Part at(f.given);
+    if (at.idle) return;
+    const Span<reverse> span(f.given, at, 0);
+    const Fixed fixed(f.given, at, reverse);
+    real dstate[Cell::n_state];
+    Sweep::end_adjoint(f, at, span, dstate);
+    typename Sweep::template Backward<reverse> work(f, at, span, fixed, dstate);
+    go_back(f, at, span, fixed, work);
+    work.finish(f, at, span);
+    work.pad(f, at, span);
+  }
+
+  SRU_FN void backward(const BackwardArguments<Cell> &f) {
+    if (Plan::D == 1 || blockIdx.y == 0)
+      backward_direction<false>(f);
+    else
+      backward_direction<true>(f);
+  }
+};
+
+#define SRU_GPU_BACKWARD_STAGE(Cell, Io, Saved, wide, Plan, bytes)                                        \
+  static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree"); \
+  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                          \
+      backward(const __grid_constant__ BackwardArguments<Cell> f) {                                       \
+    GpuStage<Cell, Io, Saved, wide, Plan>::backward(f);                                                   \
+  }                                                                                                       \
+  SRU_GPU_SUMS(Cell, Io, Saved, wide, Plan)
