@@ -33,8 +33,9 @@ struct GpuStage {
     neighbour.j -= number() * width;
     return neighbour;
   }
+  // Warps that lie in one sequence meet as a whole, which takes fewer instructions.
   SRU_FN void meet() {
-    if (neighbours > 1) __syncwarp(3u << threadIdx.x % 32 / 2 * 2);
+    if (neighbours > 1) __syncwarp(Sweep::packs % 32 ? 3u << threadIdx.x % 32 / 2 * 2 : ~0u);
   }
 
   // ----------------------------------------------------------------------------------------------------------------
@@ -92,20 +93,28 @@ struct GpuStage {
       }
       copy(dh + k * dh_step);
     }
-    // The next `steps` rows, as far as there are any.
+    // The next `steps` rows, if there are so many.
     template <int steps>
     SRU_MEMBER void some() {
+      if (left < steps) return;
 #pragma unroll
       for (int k = 0; k < steps; k += neighbours)
-        if (k + number() < steps && k + number() < left) row(k);
+        if (steps % neighbours == 0 || k + number() < steps) row(k);
+      advance(steps);
+    }
+    // All that are left.
+    SRU_MEMBER void others() {
+#pragma unroll 1
+      while (left > 0) {
+        if (number() < left) row(0);
+        advance(neighbours);
+      }
+    }
+    SRU_MEMBER void advance(int steps) {
       from.advance(steps);
       dh += steps * dh_step;
       to += steps * step_bytes;
       left -= steps;
-    }
-    SRU_MEMBER void others() {
-#pragma unroll 1
-      while (left > 0) some<neighbours>();
     }
   };
 
@@ -148,19 +157,28 @@ struct GpuStage {
     }
   };
 
-  // What the sweep back gives its rows to: the work, and copies into the places of rows that it is done with.
-  template <class Work, class Copies>
-  struct AndCopy {
-    Work &work;
-    Copies &copies;
-
-    SRU_MEMBER void take(const BackRow &back, int k) { work.take(back, k); }
-    SRU_MEMBER void advance(index_t k) {
-      work.advance(k);
-      meet();
-      copies.template some<Plan::depth>();
+  // Calls work.take(row, k) for n rows in turn, of which it reads `lap` at once and the last ones singly, and after() for
+  // each whole lap, behind it.
+  template <int lap, class From, class Work, class After>
+  SRU_FN void sweep(From from, int n, Work &work, After after) {
+#pragma unroll 1
+    for (; n >= lap; n -= lap) {
+      steps<lap>(from, work);
+      after();
     }
-  };
+#pragma unroll 1
+    for (; n > 0; n--) steps<1>(from, work);
+  }
+  template <int count, class From, class Work>
+  SRU_FN void steps(From &from, Work &work) {
+    decltype(from.read(0)) rows[count];
+#pragma unroll
+    for (int k = 0; k < count; k++) rows[k] = from.read(k);
+#pragma unroll
+    for (int k = 0; k < count; k++) work.take(rows[k], k);
+    from.advance(count);
+    work.advance(count);
+  }
 
   // ----------------------------------------------------------------------------------------------------------------
 
@@ -184,16 +202,16 @@ struct GpuStage {
       meet();
       typename Sweep::Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
-      Forwards forwards = {here + (piece.steps() - 1) * step_bytes};
-      Sweep::template sweep<Plan::replay_depth>(forwards, piece.steps(), replay);
+      sweep<Plan::replay_depth>(Forwards{here + (piece.steps() - 1) * step_bytes}, piece.steps(), replay, [] {});
 
       if (next.steps()) next.read(f, offset, state);
       const Piece later = all.next();
       Copies<reverse> copies(f, at, span, later, here);
-      AndCopy<Work, Copies<reverse>> taker = {work, copies};
-      Backwards from(here, scratch, piece.steps());
       work.start(f, at, span.time(piece.last - 1));
-      Sweep::template sweep<Plan::depth>(from, piece.steps(), taker);
+      sweep<Plan::depth>(Backwards(here, scratch, piece.steps()), piece.steps(), work, [&copies] {
+        meet();
+        copies.template some<Plan::depth>();
+      });
       meet();
       copies.others();
       cp_async_commit();

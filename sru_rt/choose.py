@@ -22,6 +22,7 @@ from .variant import Variant
 
 DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)
 _DEPTH_OF_NOTHING = 4  # steps of a loop for which all lies in shared memory
+_LAP = 8  # steps that are read at once from rows that are staged
 THREADS = (32, 64, 128, 256)
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
@@ -78,6 +79,10 @@ class Task(NamedTuple):
         """What a tile of `width` channels a thread holds, if there is room: see `shared_memory.tile`."""
         found = tile(self.variant, self.forward, self.every) if self.looks_ahead and self.tile else {}
         return found if tile_threads(self.tile, width * sum(found.values())) else {}
+
+    def stages(self, arch: int) -> bool:
+        """Whether rows may be staged: see cuda/gpu_stage.h."""
+        return self.may_stage and not self.parallel and arch >= _COPIES_SINCE
 
     def block(self, width: int, staged: bool = False) -> int:
         """Threads of the largest block."""
@@ -171,8 +176,8 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         for depth in depths:
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at)
-        if task.may_stage and arch >= _COPIES_SINCE and (threads := min(threads, task.block(width, staged=True))):
-            choice = Choice(width, _DEPTH_OF_NOTHING, _DEPTH_OF_NOTHING, 1, threads, staged=True)
+        if task.stages(arch) and (threads := min(threads, task.block(width, staged=True))):
+            choice = Choice(width, _LAP, _LAP, 1, threads, staged=True)
             found[choice] = _time(machine, choice.kernel(task), at)
     most = _ALIKE * min(time.worst for time in found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.

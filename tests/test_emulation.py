@@ -599,7 +599,8 @@ def test_the_emulation_has_all_that_ptx_h_has():
     names = set(re.findall(r"^SRU_PTX [\w ]+?[ *](\w+)\(", real, re.MULTILINE))
     assert "exp2_approx" in names and "float_to_half" in names
     types = set(re.findall(r"^SRU_(LOAD|STORE)_ONCE(?:_\d)?\((\w[\w ]*),", real, re.MULTILINE))
-    lines = [f"(void)&{name};" for name in sorted(names)]
+    templates = set(re.findall(r"^template <int \w+>\nSRU_PTX void (\w+)\(", real, re.MULTILINE))
+    lines = [f"(void)&{name}{'<1>' if name in templates else ''};" for name in sorted(names)]
     for kind, of in sorted(types):
         lines.append(f"{{ {of} *p = ({of} *)out; " + ("load_once(p); }" if kind == "LOAD" else "store_once(p, *p); }"))
     text = '#include "ptx.h"\nextern "C" __global__ void kernel(void *out) {\n' + "\n".join(lines) + "\n}\n"

@@ -343,7 +343,7 @@ def test_rows_are_staged(dtype, held, row):
     p = made(dtype, **RECOMPUTED)
     assert (p.staged, p.in_tile, p.tile_bytes, p.width, p.threads) == (True, held, row, 1, 32)
     assert plan.shared_bytes(variant(dtype=dtype), p, 32) == 32 * 32 * (2 * row + 4)
-    assert p.depth == p.replay_depth == 4, "rings are filled from shared memory"
+    assert p.depth == p.replay_depth == 8
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_rows_are_staged(dtype, held, row):
     [
         dict(forward=True),
         dict(every=1),
-        dict(every=65),  # of which two pieces have no room
+        dict(every=35),  # of which two pieces have no room
         dict(mask=True),
         dict(reset=True),
         dict(sizes=(1, *USUAL[1:])),
@@ -359,7 +359,7 @@ def test_rows_are_staged(dtype, held, row):
         dict(device=Device(75, 40)),
         dict(dtype="bfloat16", sizes=(2048, 16, 1, 1023)),
         dict(dtype="bfloat16", address=(1 << 20) + 2),
-        dict(dtype="float64", every=33),
+        dict(dtype="float64"),
         dict(cell=CELLS["sru_v_per_step_dropout"]),
     ],
 )
@@ -367,11 +367,20 @@ def test_where_rows_are_not_staged(other):
     assert not made(**RECOMPUTED | other).staged
 
 
-@pytest.mark.parametrize("dtype, sizes", [("float32", (2048, 16, 1, 1023)), ("float64", USUAL), ("float16", LARGE)])
-def test_where_rows_are_staged_too(dtype, sizes):
-    """Elements of four bytes and more lie as copies demand."""
-    assert made(dtype, sizes, **RECOMPUTED).staged
-    assert made(dtype, sizes, **RECOMPUTED | {"every": 2}).staged
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(sizes=(2048, 16, 1, 1023)),  # elements of four bytes and more lie as copies demand
+        dict(dtype="float64", every=16),
+        dict(dtype="float16", every=64),
+        dict(every=2),
+        dict(every=34),
+        dict(device=Device(80, 108)),
+        dict(saved_chunk=64),
+    ],
+)
+def test_where_rows_are_staged_too(other):
+    assert made(**RECOMPUTED | other).staged
 
 
 @pytest.mark.parametrize("text, staged", [("staged=0", False), ("staged=1", True), ("threads=64", False)])

@@ -61,10 +61,12 @@ def test_the_bits_are_those_of_rows_read_twice(place, cell, dtype, monkeypatch, 
     n = list(CELLS).index(cell) + list(DTYPES).index(dtype)
     size, D, layout = SIZES[n % 4], 1 + n % 2, ("plain", "lengths")[n // 2 % 2]
     problem = Problem.make(FULL[cell] | {"dtype": dtype}, size, D, layout)
-    for save, text in ((2, ""), (3, "width=2,depth=2,threads=32"), (32, "depth=3"), (64, "width=1,threads=32")):
+    ways = (2, ""), (32, "depth=3"), (3, "width=2,depth=2,threads=32"), (64, "width=1,threads=32")
+    for save, text in ways[n % 2 :: 2]:
         plans.clear()
         results = both_ways(place, monkeypatch, problem, text, save=save)
-        assert {made.staged for made in plans} == {False, True} or (save, dtype) == (64, "float64")
+        has_room = save < 32 or np.dtype(DTYPES[dtype]).itemsize == 2
+        assert not has_room or {made.staged for made in plans} == {False, True}
     judge(problem, results[0, 0])
 
 
@@ -131,12 +133,12 @@ PLANTED = {
         "cp_async_wait<buffers - 1>();",
     ),
     "copy into places of rows that the neighbour still needs": (
-        "work.advance(k);\n      meet();",
-        "work.advance(k);",
+        "meet();\n        copies.template some",
+        "copies.template some",
     ),
     "copy into places of rows still to be read": (
         "work.start(f, at, span.time(piece.last - 1));",
-        "work.start(f, at, span.time(piece.last - 1)), copies.others();",
+        "work.start(f, at, span.time(piece.last - 1)), copies.template some<Plan::depth>();",
     ),
     "copy what is beside the pair": ("neighbour.j -= number() * width;", ""),
     "leave the last rows of a piece out": ("      copies.others();\n", ""),
