@@ -1,7 +1,8 @@
 // The backward that recomputes states, with the rows of whole pieces staged in shared memory: each is read from global
-// memory once, by copies that are under way while the two pieces before it are gone through. Of two buffers one holds
-// the piece at hand. As the sweep goes back over it, rows of the next piece but one take the places of those that it
-// is done with, each that of the row as far from the end of its own piece.
+// memory once, by copies that are under way while the pieces before it are gone through. Of two buffers one holds the
+// piece at hand. As the sweep goes back over it, rows of the next piece but one take the places of those that it is
+// done with, each that of the row as far from the end of its own piece. Where there is room for one buffer, rows of the
+// next piece do, and there is a latency to wait for at its beginning.
 //
 // A copy has four bytes at least. Where a thread has two, two neighbours copy for each other, every other row each, and
 // meet before they read rows and before they copy into the places of others.
@@ -24,7 +25,7 @@ struct GpuStage {
   template <bool reverse>
   using Span = typename Sweep::template Span<reverse>;
 
-  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = 2;
+  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = Plan::staged;
   static constexpr int channels = sizeof(Io) * width < 4 ? 2 : width;  // of a copy
   static constexpr int neighbours = channels / width;                  // that copy for each other
 
@@ -82,8 +83,7 @@ struct GpuStage {
 
     SRU_MEMBER void row(int k) const {
       Copy copy = {to + k * step_bytes};
-      for (int i = 0; i < Cell::n_gates; i++)
-        copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
+      for (int i = 0; i < Cell::n_gates; i++) copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
       for (int i = 0; i < Cell::n_inputs; i++) {
         const index_t offset = k * from.rows * Plan::input_stride(i);
         if (Sweep::is_wide(i))
@@ -157,8 +157,8 @@ struct GpuStage {
     }
   };
 
-  // Calls work.take(row, k) for n rows in turn, of which it reads `lap` at once and the last ones singly, and after() for
-  // each whole lap, behind it.
+  // Calls work.take(row, k) for n rows in turn, of which it reads `lap` at once and the last ones singly, and after()
+  // for each whole lap, behind it.
   template <int lap, class From, class Work, class After>
   SRU_FN void sweep(From from, int n, Work &work, After after) {
 #pragma unroll 1
@@ -188,27 +188,28 @@ struct GpuStage {
     extern __shared__ __align__(16) unsigned char sru_shared[];
     const Scratch scratch(f, at, reverse, 0, buffers * step_bytes);
     const index_t offset = at.row(reverse) * Plan::d + at.j;
-    unsigned char *here = sru_shared, *there = sru_shared + f.given.every * step_bytes;
+    unsigned char *here = sru_shared, *there = sru_shared + (buffers - 1) * f.given.every * step_bytes;
     typename Sweep::template Pieces<reverse> all(f, span);
-    Piece piece = all.next(), next = all.next();
+    Piece pieces[buffers + 1];  // the one at hand, and those behind it
     for (int i = 0; i < buffers; i++) {
-      Copies<reverse>(f, at, span, i ? next : piece, i ? there : here).others();
+      pieces[i] = all.next();
+      Copies<reverse>(f, at, span, pieces[i], i ? there : here).others();
       cp_async_commit();
     }
     typename Sweep::template Pack<Saved> state[Cell::n_state];
-    if (piece.steps()) piece.read(f, offset, state);
-    while (piece.steps()) {
+    if (pieces[0].steps()) pieces[0].read(f, offset, state);
+    while (const int steps = pieces[0].steps()) {
       cp_async_wait<buffers - 1>();
       meet();
       typename Sweep::Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
-      sweep<Plan::replay_depth>(Forwards{here + (piece.steps() - 1) * step_bytes}, piece.steps(), replay, [] {});
+      sweep<Plan::replay_depth>(Forwards{here + (steps - 1) * step_bytes}, steps, replay, [] {});
 
-      if (next.steps()) next.read(f, offset, state);
-      const Piece later = all.next();
-      Copies<reverse> copies(f, at, span, later, here);
-      work.start(f, at, span.time(piece.last - 1));
-      sweep<Plan::depth>(Backwards(here, scratch, piece.steps()), piece.steps(), work, [&copies] {
+      pieces[buffers] = all.next();
+      if (pieces[1].steps()) pieces[1].read(f, offset, state);
+      Copies<reverse> copies(f, at, span, pieces[buffers], here);
+      work.start(f, at, span.time(pieces[0].last - 1));
+      sweep<Plan::depth>(Backwards(here, scratch, steps), steps, work, [&copies] {
         meet();
         copies.template some<Plan::depth>();
       });
@@ -217,7 +218,7 @@ struct GpuStage {
       cp_async_commit();
       unsigned char *const done = here;
       here = there, there = done;
-      piece = next, next = later;
+      for (int i = 0; i < buffers; i++) pieces[i] = pieces[i + 1];
     }
   }
 

@@ -568,8 +568,8 @@ struct GpuSweep {
     sweep<depth>(from, span.end - span.begin, work);
   }
 
-  // The states before the steps of one piece, recomputed: in shared memory, behind `before` bytes for a step of a piece,
-  // or in the scratch that was given.
+  // The states before the steps of one piece, recomputed: in shared memory, behind `before` bytes for a step of a
+  // piece, or in the scratch that was given.
   struct Scratch {
     acc *state[Cell::n_state];
     index_t step;
@@ -609,7 +609,8 @@ struct GpuSweep {
     SRU_MEMBER int steps() const { return int(last - first); }
     SRU_MEMBER void read(const BackwardArguments<Cell> &f, index_t row, Pack<Saved> *state) const {
       for (int i = 0; i < Cell::n_state; i++)
-        state[i] = load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy * batch(f.given) * Plan::D * Plan::d + row);
+        state[i] =
+            load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy * batch(f.given) * Plan::D * Plan::d + row);
     }
   };
 

@@ -84,15 +84,16 @@ SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int 
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Copies from global to shared memory that a thread starts and need not wait for, from sm_80 on. Addresses are multiples
-// of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of the
-// thread's groups but the last few.
+// Copies from global to shared memory that a thread starts and need not wait for, from sm_80 on. Addresses are
+// multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
+// the thread's groups but the last few.
 
-#define SRU_CP_ASYNC(bytes)                                                                                             \
-  SRU_PTX void cp_async_##bytes(void *shared, const void *global) {                                                     \
-    asm volatile("cp.async.ca.shared.global [%0], [%1], " #bytes ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)), \
-                 "l"(__cvta_generic_to_global(global))                                                                  \
-                 : "memory");                                                                                           \
+#define SRU_CP_ASYNC(bytes)                                             \
+  SRU_PTX void cp_async_##bytes(void *shared, const void *global) {     \
+    asm volatile("cp.async.ca.shared.global [%0], [%1], " #bytes        \
+                 ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)), \
+                 "l"(__cvta_generic_to_global(global))                  \
+                 : "memory");                                           \
   }
 SRU_CP_ASYNC(4)
 SRU_CP_ASYNC(8)

@@ -41,12 +41,12 @@ def sweep(
     threads: int = 32,
     shared: int = 0,
     held: Sequence[int] = (),
-    staged: bool = False,
+    staged: int = 0,
 ) -> Kernel:
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
-    `held` are the sizes of what it reads from shared memory. If `staged`, rings are filled from there, and what is
-    under way is a piece at least.
+    `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
+    if one alone is, each begins with a latency.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
@@ -61,6 +61,7 @@ def sweep(
         width=width,
         depth=every if staged else depth,
         replay_depth=replay_depth if twice else 0,
+        refills=2 if twice else int(staged == 1),
         every=max(1, every),
         threads=threads,
         registers=_registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),

@@ -15,8 +15,16 @@ from .choose import THREADS, Task, choose, load, shoots, warm_up
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
 from .machine import Device
-from .shared_memory import shared_channels, staged, staged_bytes, staged_channels, state_bytes, tile, tile_steps
-from .shared_memory import tile_threads
+from .shared_memory import (
+    shared_channels,
+    staged,
+    staged_bytes,
+    staged_channels,
+    state_bytes,
+    tile,
+    tile_steps,
+    tile_threads,
+)
 from .traffic import ITEMSIZE, reduction_reads_state
 from .variant import Variant
 
@@ -60,7 +68,7 @@ class Plan:
     saved_in_chunks: bool = False
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
-    staged: bool = False  # whether rows of whole pieces are copied to shared memory: see cuda/gpu_stage.h
+    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
 
     @property
     def shoots(self) -> bool:
@@ -105,7 +113,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         in_shared=key.scratch_in_shared,
         one_kernel=in_one_kernel(overrides()),
         tile=tile_steps(given.chunk),
-        may_stage=_may_stage(variant, key, given.L, pairs),
+        most_staged=_most_staged(variant, key, given.L, pairs),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
@@ -121,16 +129,16 @@ def needs_scratch(variant: Variant, every: int) -> bool:
 def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> int:
     """Dynamic shared memory of a block: the states that it recomputes, with rows if they are staged, or the tile."""
     if plan.staged:
-        return plan.threads * plan.width * staged_bytes(variant, every)
+        return plan.threads * plan.width * staged_bytes(variant, every, plan.staged)
     states = every * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
 
-def _may_stage(variant: Variant, key: Plan, L: int, pairs: bool) -> bool:
-    """Whether rows can be copied to shared memory, four bytes at least at a time; flags are single bytes."""
+def _most_staged(variant: Variant, key: Plan, L: int, pairs: bool) -> int:
+    """None where rows cannot be copied to shared memory four bytes at a time; flags are single bytes."""
     recomputes = not key.forward and key.keep > 1 and not key.parallel and L > 1
     fits = pairs or ITEMSIZE[variant.dtype] > 2
-    return recomputes and fits and not (key.has_mask or key.has_reset) and bool(overrides().get("staged", 1))
+    return overrides().get("staged", 2) if recomputes and fits and not (key.has_mask or key.has_reset) else 0
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
@@ -240,14 +248,14 @@ def overrides() -> dict[str, int]:
         "threads": range(32, 1025, 32),
         "chunk": range(1, 1 << 31),
         "lookahead": (0, 1),
-        "staged": (0, 1),
+        "staged": (0, 1, 2),
         "warm_up": range(1, 1 << 31),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0 or 1, warm_up=1 or more, separated by commas"
+                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, separated by commas"
             )
     return chosen
 
@@ -286,8 +294,8 @@ def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
 
 
 def _staged(made: Plan, variant: Variant, every: int) -> Plan:
-    """The plan with pieces of `every` steps staged, if a block has room for them."""
-    if made.threads * made.width > staged_channels(variant, every):
-        return replace(made, staged=False)
+    """The plan with as many pieces of `every` steps staged as it says, if a block has room for them."""
+    if made.threads * made.width > staged_channels(variant, every, made.staged):
+        return replace(made, staged=0)
     held = staged(variant)
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=made.width * sum(held.values()))

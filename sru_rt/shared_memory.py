@@ -1,7 +1,7 @@
 """What a block of a GPU holds in shared memory, and how much has room there.
 
 A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
-recomputes states holds them, and where it is staged (cuda/gpu_stage.h) the rows of two pieces.
+recomputes states holds them, and where they are staged (cuda/gpu_stage.h) the rows of one piece or two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from .traffic import ITEMSIZE, read, summarised
 from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
-_PIECES = 2  # whose rows are staged: `buffers` of cuda/gpu_stage.h
 _TILES = (32, 64)  # steps of chunks that have a tile; what is read twice of longer ones comes from memory twice
 
 
@@ -32,14 +31,14 @@ def staged(variant: Variant) -> dict[int, int]:
     return dict(enumerate(sizes[: len(sizes) - len(variant.cell.state)]))
 
 
-def staged_bytes(variant: Variant, every: int) -> int:
-    """Of a channel of which pieces of `every` steps are staged, with the states."""
-    return every * (_PIECES * sum(staged(variant).values()) + state_bytes(variant))
+def staged_bytes(variant: Variant, every: int, pieces: int) -> int:
+    """Of a channel of which `pieces` of `every` steps are staged, with the states of one."""
+    return every * (pieces * sum(staged(variant).values()) + state_bytes(variant))
 
 
-def staged_channels(variant: Variant, every: int) -> int:
+def staged_channels(variant: Variant, every: int, pieces: int) -> int:
     """Channels of which a block has room for that."""
-    return SHARED_BYTES // staged_bytes(variant, every)
+    return SHARED_BYTES // staged_bytes(variant, every, pieces)
 
 
 def tile_steps(chunk: int) -> int:

@@ -167,7 +167,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     code, log = entry.compile()
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
-    result |= {"staged": True} if made.staged else {}
+    result |= {"staged": made.staged} if made.staged else {}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
     if entry.kernel.startswith("sum_") or entry.kernel == "clear":
         result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
@@ -233,7 +233,7 @@ def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
     L, B, D, d = entry.sizes
     names = ("width", "depth", "replay_depth", "threads", "shared")
     taken = costs.sweep(
-        variant, forward, every, **{name: kernel[name] for name in names}, staged=kernel.get("staged", False)
+        variant, forward, every, **{name: kernel[name] for name in names}, staged=kernel.get("staged", 0)
     )
     taken = taken._replace(registers=kernel["registers"], instructions=kernel["instructions"], special=kernel["mufu"])
     usual = machine.usual(entry.arch, machine.USUAL_MULTIPROCESSORS[entry.arch])
@@ -295,9 +295,9 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
 
 
 def _plan(kernel: dict[str, Any]) -> str:
-    """Width, depth, threads, and whether rows are staged."""
+    """Width, depth, threads, and of how many pieces rows are staged."""
     numbers = ", ".join(str(kernel[name]) for name in ("width", "depth", "threads"))
-    return f"{numbers}, staged" if "staged" in kernel else numbers
+    return f"{numbers}, staged {kernel['staged']}" if "staged" in kernel else numbers
 
 
 def _loads(kernel: dict[str, Any]) -> str:
