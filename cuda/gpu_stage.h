@@ -4,8 +4,10 @@
 // done with, each that of the row as far from the end of its own piece. Where there is room for one buffer, rows of the
 // next piece do, and there is a latency to wait for at its beginning.
 //
-// A copy has four bytes at least. Where a thread has two, two neighbours copy for each other, every other row each, and
-// meet before they read rows and before they copy into the places of others.
+// Where warps lie in one sequence and arrays at multiples of 16 bytes, the threads of a warp copy for each other, 16
+// bytes at once: some of them a row, the next ones the next. A copy has four bytes at least: else two neighbours do,
+// where a thread has two. Threads that copy for each other meet before they read rows, and before they copy into the
+// places of others.
 #pragma once
 
 #include "gpu_tile.h"
@@ -26,17 +28,21 @@ struct GpuStage {
   using Span = typename Sweep::template Span<reverse>;
 
   static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = Plan::staged;
-  static constexpr int channels = sizeof(Io) * width < 4 ? 2 : width;  // of a copy
-  static constexpr int neighbours = channels / width;                  // that copy for each other
+  static constexpr int channels = Plan::copied;  // of a copy
+  static constexpr int rows = channels / width;  // that are copied at once
+  // Threads that copy for each other.
+  static constexpr int group = rows > 1 && Sweep::packs % 32 == 0 ? 32 : rows;
+  static constexpr int parts = group / rows;  // of a row, one for a thread
 
-  SRU_FN int number() { return threadIdx.x % neighbours; }  // among them
-  SRU_FN Part first_of(Part neighbour) {
-    neighbour.j -= number() * width;
-    return neighbour;
+  SRU_FN int number() { return threadIdx.x % group; }  // in the group
+  SRU_FN int row_of_mine() { return number() / parts; }
+  SRU_FN int part_of_mine() { return number() % parts * channels; }
+  SRU_FN Part copied_by(Part thread) {
+    thread.j += part_of_mine() - number() * width;
+    return thread;
   }
-  // Warps that lie in one sequence meet as a whole, which takes fewer instructions.
   SRU_FN void meet() {
-    if (neighbours > 1) __syncwarp(Sweep::packs % 32 ? 3u << threadIdx.x % 32 / 2 * 2 : ~0u);
+    if (group > 1) __syncwarp(group == 32 ? ~0u : 3u << threadIdx.x % 32 / 2 * 2);
   }
 
   // ----------------------------------------------------------------------------------------------------------------
@@ -44,21 +50,21 @@ struct GpuStage {
 
   template <int bytes>
   SRU_FN void start_copy(void *to, const void *from) {
-    static_assert(bytes == 4 || bytes == 8 || bytes == 16, "what copies may have");
+    static_assert(bytes == 4 || bytes == 8 || bytes % 16 == 0, "what copies may have");
     if (bytes == 4) cp_async_4(to, from);
     if (bytes == 8) cp_async_8(to, from);
-    if (bytes == 16) cp_async_16(to, from);
+    for (int i = 0; i < bytes / 16; i++)
+      cp_async_16((unsigned char *)to + 16 * i, (const unsigned char *)from + 16 * i);
   }
 
-  // Copies one value after another of a step, for all neighbours. They lie as GpuTile::Move has it.
+  // Copies one value after another of a step, for all of the group. They lie as GpuTile::Move has it.
   struct Copy {
     unsigned char *at;
 
     template <class T>
     SRU_MEMBER void operator()(const T *from) {
-      constexpr int mine = sizeof(T) * width;
-      start_copy<sizeof(T) * channels>(at + (threadIdx.x - number()) * mine, from);
-      at += Plan::threads * mine;
+      start_copy<sizeof(T) * channels>(at + ((threadIdx.x - number()) * width + part_of_mine()) * sizeof(T), from);
+      at += Plan::threads * width * sizeof(T);
     }
   };
 
@@ -73,12 +79,12 @@ struct GpuStage {
 
     SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece,
                       unsigned char *to)
-        : from(f.given, first_of(at), span.time(piece.last - 1 - number())),
-          to(to + number() * step_bytes),
+        : from(f.given, copied_by(at), span.time(piece.last - 1 - row_of_mine())),
+          to(to + row_of_mine() * step_bytes),
           left(piece.steps()) {
-      const index_t rows = Sweep::batch(f.given) * Plan::D * Plan::d;
-      dh = (const Io *)f.dh + from.t * rows + at.row(reverse) * Plan::d + first_of(at).j;
-      dh_step = reverse ? rows : -rows;
+      const index_t step = Sweep::batch(f.given) * Plan::D * Plan::d;
+      dh = (const Io *)f.dh + from.t * step + at.row(reverse) * Plan::d + copied_by(at).j;
+      dh_step = reverse ? step : -step;
     }
 
     SRU_MEMBER void row(int k) const {
@@ -98,16 +104,16 @@ struct GpuStage {
     SRU_MEMBER void some() {
       if (left < steps) return;
 #pragma unroll
-      for (int k = 0; k < steps; k += neighbours)
-        if (steps % neighbours == 0 || k + number() < steps) row(k);
+      for (int k = 0; k < steps; k += rows)
+        if (steps % rows == 0 || k + row_of_mine() < steps) row(k);
       advance(steps);
     }
     // All that are left.
     SRU_MEMBER void others() {
 #pragma unroll 1
       while (left > 0) {
-        if (number() < left) row(0);
-        advance(neighbours);
+        if (row_of_mine() < left) row(0);
+        advance(rows);
       }
     }
     SRU_MEMBER void advance(int steps) {

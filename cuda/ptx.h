@@ -88,16 +88,16 @@ SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int 
 // multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
 // the thread's groups but the last few.
 
-#define SRU_CP_ASYNC(bytes)                                             \
+#define SRU_CP_ASYNC(bytes, cache)                                      \
   SRU_PTX void cp_async_##bytes(void *shared, const void *global) {     \
-    asm volatile("cp.async.ca.shared.global [%0], [%1], " #bytes        \
+    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #bytes \
                  ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)), \
                  "l"(__cvta_generic_to_global(global))                  \
                  : "memory");                                           \
   }
-SRU_CP_ASYNC(4)
-SRU_CP_ASYNC(8)
-SRU_CP_ASYNC(16)
+SRU_CP_ASYNC(4, "ca")
+SRU_CP_ASYNC(8, "ca")
+SRU_CP_ASYNC(16, "cg")  // past the first-level cache
 #undef SRU_CP_ASYNC
 SRU_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int groups_to_leave>

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from . import shared_memory
 from .cell import ADJOINT_OF_H, Cell, adjoint_of
 from .dtypes import state_dtype
 from .graph import LEAVES, Node, topological
@@ -23,7 +24,7 @@ OPERATION, SPECIAL_OPERATION = 4, 20
 _CHAINS = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
-_COPY = 1.5  # the same of a copy to shared memory
+_COPY = 2.5  # the same of a copy of 16 bytes to shared memory
 _OF = {"sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
 _SPECIAL_OF = {"sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
 _DOUBLE = 70  # instructions of a function in float64
@@ -52,7 +53,7 @@ def sweep(
     reads, writes = moved(variant, forward, every)
     instructions, special = _instructions(variant, forward, again, width)
     if staged:
-        instructions += _COPY * _copies(variant, width)
+        instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16
     twice = again and not staged
     return Kernel(
         reads=reads - sum(held),
@@ -150,11 +151,6 @@ def clear() -> Kernel:
 def sums(variant: Variant) -> Kernel:
     """The kernel that adds up sums of sequences and chunks, eight threads a column; its steps are rows of a thread."""
     return Kernel(reads=ITEMSIZE[state_dtype(variant.dtype)], writes=0, depth=4, threads=256, instructions=4, chain=4)
-
-
-def _copies(variant: Variant, width: int) -> float:
-    """Copies by which the rows of a channel are staged; one takes two channels of 16 bits at least."""
-    return (len(variant.cell.gates) + len(variant.cell.inputs) + 1) / (2 if ITEMSIZE[variant.dtype] == 2 else width)
 
 
 def _words(streams: Iterable[int], width: int) -> int:

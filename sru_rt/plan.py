@@ -69,6 +69,7 @@ class Plan:
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
     staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
+    copied: int = 0  # channels of such a copy
 
     @property
     def shoots(self) -> bool:
@@ -275,7 +276,10 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every, chunk = arguments.given.every, arguments.given.chunk
-    made = _staged(made, variant, every) if made.staged else _tiled(made, variant, every, tile_steps(chunk))
+    if made.staged and isinstance(arguments, abi.Backward):
+        made = _staged(made, variant, arguments)
+    else:
+        made = _tiled(made, variant, every, tile_steps(chunk))
     if (needed := shared_bytes(variant, made, every, chunk)) > shared_memory.SHARED_BYTES:
         raise ArgumentError(
             f"SRU_RT_PLAN asks for blocks of {made.threads} threads of {made.width} channels, which need {needed} "
@@ -293,9 +297,22 @@ def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=step_bytes)
 
 
-def _staged(made: Plan, variant: Variant, every: int) -> Plan:
-    """The plan with as many pieces of `every` steps staged as it says, if a block has room for them."""
-    if made.threads * made.width > staged_channels(variant, every, made.staged):
+def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
+    """The plan with as many pieces staged as it says, if a block has room for them."""
+    if made.threads * made.width > staged_channels(variant, arguments.given.every, made.staged):
         return replace(made, staged=0)
-    held = staged(variant)
-    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=made.width * sum(held.values()))
+    held, item = staged(variant), ITEMSIZE[variant.dtype]
+    by_warps = made.d % (32 * made.width) == 0 and _lie_at_multiples(variant, arguments, 16)
+    copied = 16 // item if by_warps else max(made.width, 4 // item)
+    row = made.width * sum(held.values())
+    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied)
+
+
+def _lie_at_multiples(variant: Variant, arguments: abi.Backward, size: int) -> bool:
+    """Whether all rows that a backward reads begin at multiples of `size` bytes."""
+    given, item = arguments.given, ITEMSIZE[variant.dtype]
+    sizes = [ITEMSIZE[state_dtype(variant.dtype)] if variant.wide >> i & 1 else item for i in range(len(given.inputs))]
+    bytes_of = [(slot, item) for slot in given.gates] + [*zip(given.inputs, sizes)]
+    places = [arguments.dh, given.d * item]
+    places += [place for slot, each in bytes_of for place in (slot.pointer, slot.stride * each)]
+    return not any(place % size for place in places)

@@ -224,12 +224,19 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         "lengths",
         Way("threads=32,depth=2,staged=1", save=5),
     ),
+    "staged_by_warps": (
+        FULL["minlstm"] | {"dtype": "bfloat16"},
+        (13, 2, 32),
+        1,
+        "lengths",
+        Way("threads=32,width=1,depth=2", save=5),
+    ),
     "staged_by_neighbours": (
         FULL["qrnn"] | {"dtype": "bfloat16"},
         (13, 2, 10),
         1,
         "plain",
-        Way("threads=32,width=1,depth=2,staged=1", save=5),
+        Way("threads=32,width=1,depth=2", save=5),
     ),
     "per_step": (
         FULL["sru"] | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},

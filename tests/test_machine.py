@@ -40,7 +40,12 @@ def took(channels: int, steps: int, **kernel) -> predict.Time:
         (100_000, dict(reads=6, writes=4, depth=32, threads=64, again=2, every=4), 1.2e-6, "memory"),
         # (The cache holds no piece of 4 steps.) A ring of 4 steps has 4 steps under way in a microsecond.
         (3_200, dict(reads=4, writes=0, depth=4), 250e-9, "loads in flight"),
-        (3_200, dict(reads=4, writes=0, depth=4, replay_depth=2, every=1 << 30, refills=2), 750e-9, "loads in flight and refills"),
+        (
+            3_200,
+            dict(reads=4, writes=0, depth=4, replay_depth=2, every=1 << 30, refills=2),
+            750e-9,
+            "loads in flight and refills",
+        ),
         # 4 warps a multiprocessor, one for each scheduler, at an instruction a nanosecond; twice the warps, twice that.
         (12_800, dict(depth=64, instructions=50), 50e-9, "instructions"),
         (25_600, dict(depth=64, instructions=50), 100e-9, "instructions"),

@@ -39,11 +39,11 @@ def plans(monkeypatch) -> list[plan.Plan]:
 
 
 def both_ways(
-    place: Place, monkeypatch: pytest.MonkeyPatch, problem: Problem, text: str, orders: Any = (0, 1), **more: Any
+    place: Place, monkeypatch: pytest.MonkeyPatch, problem: Problem, text: str, orders: Any = (0, 3), **more: Any
 ) -> dict[Any, Result]:
-    """The results of both, which must have the same bits."""
+    """The results of both, which must have the same bits; with two buffers in orders 0 and 1, with one in 2 and 3."""
     results = {}
-    for staged, order in [(0, 0), *((1, order) for order in orders)]:
+    for staged, order in [(0, 0), *((2 - order % 4 // 2, order) for order in orders)]:
         monkeypatch.setenv("SRU_RT_PLAN", ",".join(filter(None, (text, f"staged={staged}"))))
         monkeypatch.setenv("SRU_RT_EMU_ORDER", str(order))
         results[staged, order] = run(place, problem, **more)
@@ -51,7 +51,7 @@ def both_ways(
     return results
 
 
-SIZES = ((21, 3, 34), (9, 5, 8), (6, 19, 6), (40, 1, 70))
+SIZES = ((21, 3, 34), (9, 5, 64), (6, 19, 6), (40, 1, 96))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +66,7 @@ def test_the_bits_are_those_of_rows_read_twice(place, cell, dtype, monkeypatch, 
         plans.clear()
         results = both_ways(place, monkeypatch, problem, text, save=save)
         has_room = save < 32 or np.dtype(DTYPES[dtype]).itemsize == 2
-        assert not has_room or {made.staged for made in plans} == {False, True}
+        assert not has_room or {made.staged for made in plans} == {0, 1, 2}
     judge(problem, results[0, 0])
 
 
@@ -77,33 +77,33 @@ def test_flags_are_not_staged(place, layout, monkeypatch, plans):
     assert any(made.staged for made in plans) == (layout in ("plain", "lengths"))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 8])
-@pytest.mark.parametrize("width", [1, 2])
-def test_no_order_changes_a_bit(place, width, depth, monkeypatch, plans):
-    """Nor lengths within a warp, half a warp without channels, and pieces that are shorter or longer than a ring."""
-    problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (29, 5, 10), 2, "lengths")
-    for save in (1 + depth, 4):
-        both_ways(place, monkeypatch, problem, f"width={width},depth={depth},threads=32", ORDERS, save=save)
-    assert any(made.staged and made.width == width for made in plans)
+@pytest.mark.parametrize(
+    "width, depth, d, copied", [(1, 1, 10, 2), (1, 5, 10, 2), (2, 8, 10, 2), (1, 2, 32, 8), (2, 5, 64, 8)]
+)
+def test_no_order_changes_a_bit(place, width, depth, d, copied, monkeypatch, plans):
+    """Nor lengths within a warp, half a warp without channels, and pieces that are shorter or longer than a lap."""
+    problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (22, 5, d), 2, "lengths")
+    both_ways(place, monkeypatch, problem, f"width={width},depth={depth},threads=32", ORDERS, save=1 + depth)
+    assert {(made.width, made.copied) for made in plans if made.staged} == {(width, copied)}
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("width", [1, 2])
-def test_inputs_in_either_dtype(place, width, wide, monkeypatch, plans):
-    """Of neighbours one copies eight bytes for both where inputs are wide."""
-    L, B, D, d = 14, 3, 2, 10
+@pytest.mark.parametrize("width, d", [(1, 10), (2, 10), (1, 32), (2, 64)])
+def test_inputs_in_either_dtype(place, width, d, wide, monkeypatch, plans):
+    """Copies of them have twice the bytes where inputs are wide."""
+    L, B, D = 14, 3, 2
     problem = random_problem("float16", L, B, D, d)
     v = np.random.default_rng(5).normal(size=(L, B, D, 2, d)).astype(np.float32 if wide else np.float16)
     problem.arrays["v"] = v
-    judge(problem, both_ways(place, monkeypatch, problem, f"width={width}", save=5)[1, 1])
+    judge(problem, both_ways(place, monkeypatch, problem, f"width={width},threads=32", save=5)[1, 3])
     assert any(made.staged for made in plans)
 
 
 def test_after_a_forward_in_chunks(place, monkeypatch, plans):
-    """It counts the states that it keeps anew in each chunk, so that pieces are cut short there."""
+    """It counts the states that it keeps anew in each chunk, so that pieces are cut short there; of one buffer, too."""
     problem, results = random_problem("float32", 43, 2, 2, 9), {}
     problem.arrays["v"] = None
-    for staged in (0, 1):
+    for staged in (0, 1, 2):
         monkeypatch.setenv("SRU_RT_PLAN", "chunk=10")
         h, last, saved = problem.forward()(**place.put(problem.given), save=4, time_parallel=True)
         monkeypatch.setenv("SRU_RT_PLAN", f"chunk=43,staged={staged}")
@@ -111,8 +111,7 @@ def test_after_a_forward_in_chunks(place, monkeypatch, plans):
         results[staged] = Result(*place.get((h, last)), place.get({n: getattr(gradients, n) for n in gradients}))
     same(results)
     assert [(made.staged, made.saved_in_chunks, made.parallel) for made in plans] == [
-        (False, True, False),
-        (True, True, False),
+        (staged, True, False) for staged in (0, 1, 2)
     ]
 
 
@@ -137,12 +136,13 @@ PLANTED = {
         "copies.template some",
     ),
     "copy into places of rows still to be read": (
-        "work.start(f, at, span.time(piece.last - 1));",
-        "work.start(f, at, span.time(piece.last - 1)), copies.template some<Plan::depth>();",
+        "work.start(f, at, span.time(pieces[0].last - 1));",
+        "work.start(f, at, span.time(pieces[0].last - 1)), copies.template some<Plan::depth>();",
     ),
-    "copy what is beside the pair": ("neighbour.j -= number() * width;", ""),
+    "copy what is beside the group": ("thread.j += part_of_mine() - number() * width;", ""),
+    "copy one row in place of all": ("span.time(piece.last - 1 - row_of_mine())", "span.time(piece.last - 1)"),
     "leave the last rows of a piece out": ("      copies.others();\n", ""),
-    "keep the state of the piece before": ("if (next.steps()) next.read(f, offset, state);", ""),
+    "keep the state of the piece before": ("if (pieces[1].steps()) pieces[1].read(f, offset, state);", ""),
 }
 
 
@@ -162,6 +162,7 @@ def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
     monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
     monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
     forget_kernels()
-    problem = random_problem("bfloat16", 23, 2, 1, 10)
-    with pytest.raises((RuntimeError, AssertionError), match=r"CUDA_ERROR|differ in"):
-        both_ways(place, monkeypatch, problem, "width=1,depth=2", ORDERS, save=5)
+    for d in (10, 32):  # by neighbours, and by warps
+        problem = random_problem("bfloat16", 23, 2, 1, d)
+        with pytest.raises((RuntimeError, AssertionError), match=r"CUDA_ERROR|differ in"):
+            both_ways(place, monkeypatch, problem, "width=1,depth=2,threads=32", ORDERS, save=5)
