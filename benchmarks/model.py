@@ -73,6 +73,7 @@ class Case(NamedTuple):
             pairs=pairs,
             one_step=self.L == 1,
             in_shared=in_shared,
+            most_staged=2 if not self.forward and self.every > 1 and (pairs or ITEMSIZE[self.dtype] > 2) else 0,
             one_kernel=plan.in_one_kernel(plan.overrides()),
         )
 

@@ -568,20 +568,21 @@ struct GpuSweep {
     sweep<depth>(from, span.end - span.begin, work);
   }
 
-  // The states before the steps of one piece, recomputed: in shared memory, or in the scratch that was given.
+  // The states before the steps of one piece, recomputed: in shared memory, behind `before` bytes for a step of a
+  // piece, or in the scratch that was given.
   struct Scratch {
     acc *state[Cell::n_state];
     index_t step;
 
-    SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q, index_t chunk) {
+    SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q, index_t chunk, int before = 0) {
       extern __shared__ __align__(16) unsigned char sru_shared[];
       const Given &a = f.given;
       step = Plan::scratch_in_shared ? Plan::threads * width : batch(a) * Plan::D * Plan::d;
       index_t row = at.row(q) * Plan::d + at.j;
       if (Plan::parallel) row += chunk * clamp(a.every, 0, a.chunk) * step;
+      acc *const shared = (acc *)(sru_shared + a.every * before) + threadIdx.x * width;
       for (int i = 0; i < Cell::n_state; i++)
-        state[i] = Plan::scratch_in_shared ? (acc *)sru_shared + i * a.every * step + threadIdx.x * width
-                                           : (acc *)f.states[i] + row;
+        state[i] = Plan::scratch_in_shared ? shared + i * a.every * step : (acc *)f.states[i] + row;
     }
   };
 
@@ -600,40 +601,68 @@ struct GpuSweep {
     }
   };
 
-  // Piece by piece, last piece first: recomputes the states from the one that was kept, then goes back over the piece.
-  // The one before a span's first steps may have been kept before the span. Pieces begin anew with each chunk of the
-  // forward, as this began with a state that is not, to the last bit, what the steps before it lead to.
+  // Steps from `first` to `last`, and the number of the state kept before step `kept`. Both are the same, unless that
+  // one lies before the span. No steps: there are no more pieces.
+  struct Piece {
+    index_t kept, first, last, copy;
+
+    SRU_MEMBER int steps() const { return int(last - first); }
+    SRU_MEMBER void read(const BackwardArguments<Cell> &f, index_t row, Pack<Saved> *state) const {
+      for (int i = 0; i < Cell::n_state; i++)
+        state[i] =
+            load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy * batch(f.given) * Plan::D * Plan::d + row);
+    }
+  };
+
+  // The pieces of a span, last piece first. They begin anew with each chunk of the forward, as this began with a state
+  // that is not, to the last bit, what the steps before it lead to.
+  template <bool reverse>
+  struct Pieces {
+    const BackwardArguments<Cell> &f;
+    const Span<reverse> &span;
+    index_t last, start, copies;  // of a chunk of the forward: its first step, and the states kept of earlier ones
+
+    SRU_MEMBER Pieces(const BackwardArguments<Cell> &f, const Span<reverse> &span)
+        : f(f), span(span), last(span.end), start(0), copies(0) {
+      if (!Plan::saved_in_chunks || span.end <= span.begin) return;
+      const index_t chunk = (span.end - 1) / f.saved_chunk;
+      start = chunk * f.saved_chunk, copies = chunk * pieces(f.saved_chunk, f.given.every);
+    }
+    SRU_MEMBER Piece next() {
+      if (last <= span.begin) return {last, last, last, 0};
+      const index_t every = f.given.every;
+      if (Plan::saved_in_chunks && last == start) start -= f.saved_chunk, copies -= pieces(f.saved_chunk, every);
+      const index_t piece = unsigned(last - 1 - start) / unsigned(every);
+      const index_t kept = clamp(start + piece * every, span.first, last), end = last;
+      last = Plan::parallel ? clamp(kept, span.begin, last) : kept;
+      return {kept, last, end, copies + piece};
+    }
+  };
+
+  // Piece by piece: recomputes the states from the one that was kept, then goes back over the piece.
   template <int depth, int replay_depth, bool reverse, class Work>
   SRU_FN void backward_from_pieces(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
                                    const Fixed &fixed, Work &work) {
     const Given &a = f.given;
     const index_t rows = batch(a) * Plan::D * Plan::d, offset = at.row(reverse) * Plan::d + at.j;
     const Scratch scratch(f, at, reverse, span.chunk);
-    index_t start = 0, copies = 0;  // of a chunk of the forward: its first step, and the states kept of earlier ones
-    if (Plan::saved_in_chunks && span.end > span.begin) {
-      const index_t chunk = (span.end - 1) / f.saved_chunk;
-      start = chunk * f.saved_chunk, copies = chunk * pieces(f.saved_chunk, a.every);
-    }
-    for (index_t last = span.end; last > span.begin;) {
-      if (Plan::saved_in_chunks && last == start) start -= f.saved_chunk, copies -= pieces(f.saved_chunk, a.every);
-      const index_t piece = (last - 1 - start) / a.every, kept = clamp(start + piece * a.every, span.first, last);
-      const index_t first = Plan::parallel ? clamp(kept, span.begin, last) : kept, n = last - first;
-      const index_t copy = (copies + piece) * rows + offset;
+    Pieces<reverse> all(f, span);
+    for (Piece piece = all.next(); piece.steps(); piece = all.next()) {
+      Pack<Saved> state[Cell::n_state];
+      piece.read(f, offset, state);
       Replay replay = {fixed, scratch};
-      for (int i = 0; i < Cell::n_state; i++)
-        replay.state[i] = widen(load_once_packed<Saved, width>((const Saved *)f.saved[i] + copy));
-      if constexpr (Plan::parallel) pass<replay_depth>(a, at, span, fixed, kept, first, replay.state);
-      Reader<reverse, !reverse> forwards(a, at, span.time(first));
-      sweep<replay_depth>(forwards, n, replay);
+      for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
+      if constexpr (Plan::parallel) pass<replay_depth>(a, at, span, fixed, piece.kept, piece.first, replay.state);
+      Reader<reverse, !reverse> forwards(a, at, span.time(piece.first));
+      sweep<replay_depth>(forwards, piece.steps(), replay);
 
-      const index_t t = span.time(last - 1);
+      const index_t t = span.time(piece.last - 1);
       BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
-      for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.state[i] + (n - 1) * scratch.step;
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.state[i] + (piece.steps() - 1) * scratch.step;
       from.dh_step = reverse ? rows : -rows;
       from.state_step = scratch.step;
       work.start(f, at, t);
-      sweep<depth>(from, n, work);
-      last = first;
+      sweep<depth>(from, piece.steps(), work);
     }
   }
 

@@ -84,6 +84,28 @@ SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int 
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Copies from global to shared memory that a thread starts and need not wait for, from sm_80 on. Addresses are
+// multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
+// the thread's groups but the last few.
+
+#define SRU_CP_ASYNC(bytes, cache)                                      \
+  SRU_PTX void cp_async_##bytes(void *shared, const void *global) {     \
+    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #bytes \
+                 ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)), \
+                 "l"(__cvta_generic_to_global(global))                  \
+                 : "memory");                                           \
+  }
+SRU_CP_ASYNC(4, "ca")
+SRU_CP_ASYNC(8, "ca")
+SRU_CP_ASYNC(16, "cg")  // past the first-level cache
+#undef SRU_CP_ASYNC
+SRU_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int groups_to_leave>
+SRU_PTX void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups_to_leave) : "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // 16-bit formats as bits; rounding is to nearest even. Of a pair, `low` is in the lower half, at the lower address.
 
 SRU_PTX float half_to_float(unsigned short h) {

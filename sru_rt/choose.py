@@ -16,12 +16,13 @@ from . import costs, predict
 from .cell import Cell
 from .dtypes import state_dtype
 from .machine import SCHEDULERS, Device, Machine, usual
-from .shared_memory import shared_channels, state_bytes, tile, tile_threads
+from .shared_memory import shared_channels, staged_bytes, staged_channels, state_bytes, tile, tile_threads
 from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
 from .variant import Variant
 
 DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)
 _DEPTH_OF_NOTHING = 4  # steps of a loop for which all lies in shared memory
+_LAP = 8  # steps that are read at once from rows that are staged
 THREADS = (32, 64, 128, 256)
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
@@ -33,6 +34,7 @@ _WARM_UP = 64
 # Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring that
 # is too deep costs less than one that is not deep enough.
 _CAUTION = 1.5
+_COPIES_SINCE = 80  # the first architecture with asynchronous copies
 _ALIKE = 1.02  # predictions that count as the same
 _STEPS = 1 << 20  # so many that what comes before the first one does not count
 # What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
@@ -42,6 +44,9 @@ _THREADS_IN_CHUNKS = 64
 
 # Channels of a multiprocessor, a quarter of an octave apart; what lies between counts as the lower one.
 LOADS = tuple(2 ** (k / 4) for k in range(57))
+# Multiples of a load that count as it. Few blocks have room where rows are staged, so that one more may take a turn of
+# its own: such a plan has to be good for all of them.
+_LIKE = tuple(2 ** (k / 16) for k in range(4))
 
 
 class Task(NamedTuple):
@@ -57,6 +62,7 @@ class Task(NamedTuple):
     in_shared: bool = False  # whether recomputed states lie in shared memory
     one_kernel: bool = True  # rather than three, for chunks whose steps compose
     tile: int = 0  # steps of a tile, 0 if there is none
+    most_staged: int = 0  # pieces whose rows may be copied to shared memory: see cuda/gpu_stage.h
 
     @property
     def sweep(self) -> str:
@@ -77,8 +83,10 @@ class Task(NamedTuple):
         found = tile(self.variant, self.forward, self.every) if self.looks_ahead and self.tile else {}
         return found if tile_threads(self.tile, width * sum(found.values())) else {}
 
-    def block(self, width: int) -> int:
+    def block(self, width: int, staged: int = 0) -> int:
         """Threads of the largest block."""
+        if staged:
+            return staged_channels(self.variant, self.every, staged) // width // 32 * 32
         if held := self.held(width):
             return tile_threads(self.tile, width * sum(held.values()))
         channels = shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
@@ -93,11 +101,15 @@ class Choice(NamedTuple):
     replay_depth: int
     reduce_depth: int
     threads: int
+    staged: int = 0
 
     def kernel(self, task: Task) -> predict.Kernel:
         """What the sweep takes, of a tile that is there already."""
         held = [*task.held(self.width).values()]
         states = task.every * state_bytes(task.variant) if task.in_shared else 0
+        channel = states + task.tile * sum(held)
+        if self.staged:
+            channel = staged_bytes(task.variant, task.every, self.staged)
         return costs.sweep(
             task.variant,
             task.forward,
@@ -106,8 +118,9 @@ class Choice(NamedTuple):
             depth=self.depth,
             replay_depth=self.replay_depth,
             threads=self.threads,
-            shared=self.threads * self.width * (states + task.tile * sum(held)),
+            shared=self.threads * self.width * channel,
             held=held,
+            staged=self.staged,
         )
 
     def looking_ahead(self, task: Task, chunk: int) -> tuple[predict.Kernel, predict.Kernel]:
@@ -157,18 +170,24 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     at, machine = _LOAD_IN_CHUNKS if task.parallel else at, _cautious(arch, multiprocessors)
     # Three sweeps of pairs in both directions would have no room in the registers.
     wide = task.pairs and task.block(2) >= THREADS[0] and not (task.parallel and task.sweep == "from pieces")
-    found: dict[Choice, predict.Time] = {}
+    found: dict[Choice, float] = {}  # seconds
     for width in (2, 1) if wide else (1,):
         threads = min(_threads(task, at / width, machine), task.block(width))
         replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task, width), width)
         for depth in depths:
             choice = Choice(width, depth, replays[-1], 1, threads)
-            found[choice] = _time(machine, choice.kernel(task), at)
-    most = _ALIKE * min(time.worst for time in found.values())
+            found[choice] = _time(machine, choice.kernel(task), at).worst
+        for pieces in range(1, 1 + task.most_staged) if arch >= _COPIES_SINCE and not task.parallel else ():
+            if fitting := min(threads, task.block(width, pieces)):
+                choice = Choice(width, _LAP, _LAP, 1, fitting, pieces)
+                found[choice] = max(_time(machine, choice.kernel(task), at * more).worst / more for more in _LIKE)
+    most = _ALIKE * min(found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
     few = at < 2 * 32 * SCHEDULERS
-    alike = [choice for choice, time in found.items() if time.worst <= most]
-    best = min(alike, key=lambda c: (c.width if few else -c.width, c.depth))
+    alike = [choice for choice, seconds in found.items() if seconds <= most]
+    best = min(alike, key=lambda c: (-c.staged, c.width if few else -c.width, c.depth))
+    if best.staged:
+        return best
     rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
     summarised = {n: _summaries(task, best, n) for n in _reductions(task, best.width)}
     return best._replace(

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from . import shared_memory
 from .cell import ADJOINT_OF_H, Cell, adjoint_of
 from .dtypes import state_dtype
 from .graph import LEAVES, Node, topological
 from .predict import Kernel
-from .traffic import ITEMSIZE, moved, reduced, replayed
+from .traffic import ITEMSIZE, moved, read, reduced, replayed
 from .variant import Variant
 
 # Clocks from an operand to the result; assumptions.
@@ -23,6 +24,7 @@ OPERATION, SPECIAL_OPERATION = 4, 20
 _CHAINS = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
+_COPY, _AGAIN = 2.5, 5.0  # the same of a copy of 16 bytes to shared memory; of a step that has a ring of its own
 _OF = {"sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
 _SPECIAL_OF = {"sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
 _DOUBLE = 70  # instructions of a function in float64
@@ -40,24 +42,32 @@ def sweep(
     threads: int = 32,
     shared: int = 0,
     held: Sequence[int] = (),
+    staged: int = 0,
 ) -> Kernel:
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
-    `held` are the sizes of what it reads from shared memory.
+    `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
+    if one alone is, each begins with a latency.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
     instructions, special = _instructions(variant, forward, again, width)
+    if staged:
+        instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16 - _AGAIN
+    twice = again and not staged
     return Kernel(
         reads=reads - sum(held),
         writes=writes,
-        again=sum(replayed(variant)) if again else 0,
+        again=sum(replayed(variant)) if twice else 0,
         width=width,
-        depth=depth,
-        replay_depth=replay_depth if again else 0,
+        depth=every if staged else depth,
+        replay_depth=replay_depth if twice else 0,
+        refills=2 if twice else int(staged == 1),
         every=max(1, every),
         threads=threads,
-        registers=_registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
+        registers=_staged_registers(variant, width)
+        if staged
+        else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
         special=special,
@@ -166,6 +176,11 @@ def _registers(
     return min(255, round(50 + 1.1 * ring + 14 * (width - 1)))
 
 
+def _staged_registers(variant: Variant, width: int) -> int:
+    """Of a lap, in which rows are read as they are needed, whatever its steps."""
+    return 50 + 6 * _words(read(variant, False, keep=2), width)
+
+
 @lru_cache(maxsize=1024)
 def _instructions(variant: Variant, forward: bool, again: bool, width: int) -> tuple[float, float]:
     """Instructions and special functions."""
@@ -176,7 +191,7 @@ def _instructions(variant: Variant, forward: bool, again: bool, width: int) -> t
     loads, stores = (steps, 1 + len(cell.state)) if forward else (steps + 1 + len(cell.state), steps)
     if again:
         more, special_more = _arithmetic(variant.dtype, formula.new_state)
-        found, special, loads = found + more + 5, special + special_more, loads + len(replayed(variant))
+        found, special, loads = found + more + _AGAIN, special + special_more, loads + len(replayed(variant))
     halves = (loads + stores) * _HALF if ITEMSIZE[variant.dtype] == 2 else 0
     return found + _STEP / width + _LOAD * loads + _STORE * stores + halves, special
 

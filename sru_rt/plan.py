@@ -15,7 +15,16 @@ from .choose import THREADS, Task, choose, load, shoots, warm_up
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
 from .machine import Device
-from .shared_memory import shared_channels, state_bytes, tile, tile_steps, tile_threads
+from .shared_memory import (
+    shared_channels,
+    staged,
+    staged_bytes,
+    staged_channels,
+    state_bytes,
+    tile,
+    tile_steps,
+    tile_threads,
+)
 from .traffic import ITEMSIZE, reduction_reads_state
 from .variant import Variant
 
@@ -32,7 +41,7 @@ class Plan:
     over time, in chunks, by one kernel if `lookahead`; `reduce_reads_state` says that summaries of a backward depend
     on the states, and `saved_in_chunks` that the forward was parallel, and counted the states that it kept anew in
     each chunk. `in_tile` has a bit for each value of a step, in the order of traffic.read(), that is kept in shared
-    memory when it is first read.
+    memory when it is first read, or `staged` there.
     """
 
     forward: bool
@@ -59,6 +68,8 @@ class Plan:
     saved_in_chunks: bool = False
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
+    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
+    copied: int = 0  # channels of such a copy
 
     @property
     def shoots(self) -> bool:
@@ -103,6 +114,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         in_shared=key.scratch_in_shared,
         one_kernel=in_one_kernel(overrides()),
         tile=tile_steps(given.chunk),
+        most_staged=_most_staged(variant, key, given.L, pairs),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
@@ -116,9 +128,18 @@ def needs_scratch(variant: Variant, every: int) -> bool:
 
 
 def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> int:
-    """Dynamic shared memory of a block: the states that it recomputes, or the tile."""
+    """Dynamic shared memory of a block: the states that it recomputes, with rows if they are staged, or the tile."""
+    if plan.staged:
+        return plan.threads * plan.width * staged_bytes(variant, every, plan.staged)
     states = every * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
+
+
+def _most_staged(variant: Variant, key: Plan, L: int, pairs: bool) -> int:
+    """None where rows cannot be copied to shared memory four bytes at a time; flags are single bytes."""
+    recomputes = not key.forward and key.keep > 1 and not key.parallel and L > 1
+    fits = pairs or ITEMSIZE[variant.dtype] > 2
+    return overrides().get("staged", 2) if recomputes and fits and not (key.has_mask or key.has_reset) else 0
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
@@ -228,13 +249,14 @@ def overrides() -> dict[str, int]:
         "threads": range(32, 1025, 32),
         "chunk": range(1, 1 << 31),
         "lookahead": (0, 1),
+        "staged": (0, 1, 2),
         "warm_up": range(1, 1 << 31),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, warm_up=1 or more, separated by commas"
+                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, separated by commas"
             )
     return chosen
 
@@ -254,7 +276,10 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
     if made.width > 1 and not _takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every, chunk = arguments.given.every, arguments.given.chunk
-    made = _tiled(made, variant, every, tile_steps(chunk))
+    if made.staged and isinstance(arguments, abi.Backward):
+        made = _staged(made, variant, arguments)
+    else:
+        made = _tiled(made, variant, every, tile_steps(chunk))
     if (needed := shared_bytes(variant, made, every, chunk)) > shared_memory.SHARED_BYTES:
         raise ArgumentError(
             f"SRU_RT_PLAN asks for blocks of {made.threads} threads of {made.width} channels, which need {needed} "
@@ -270,3 +295,24 @@ def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
     if made.threads > tile_threads(steps, step_bytes):
         return made
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=step_bytes)
+
+
+def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
+    """The plan with as many pieces staged as it says, if a block has room for them."""
+    if made.threads * made.width > staged_channels(variant, arguments.given.every, made.staged):
+        return replace(made, staged=0)
+    held, item = staged(variant), ITEMSIZE[variant.dtype]
+    by_warps = made.d % (32 * made.width) == 0 and _lie_at_multiples(variant, arguments, 16)
+    copied = 16 // item if by_warps else max(made.width, 4 // item)
+    row = made.width * sum(held.values())
+    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied)
+
+
+def _lie_at_multiples(variant: Variant, arguments: abi.Backward, size: int) -> bool:
+    """Whether all rows that a backward reads begin at multiples of `size` bytes."""
+    given, item = arguments.given, ITEMSIZE[variant.dtype]
+    sizes = [ITEMSIZE[state_dtype(variant.dtype)] if variant.wide >> i & 1 else item for i in range(len(given.inputs))]
+    bytes_of = [(slot, item) for slot in given.gates] + [*zip(given.inputs, sizes)]
+    places = [arguments.dh, given.d * item]
+    places += [place for slot, each in bytes_of for place in (slot.pointer, slot.stride * each)]
+    return not any(place % size for place in places)

@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
     depth: int = 1  # steps that are read ahead
     replay_depth: int = 0  # the same of a sweep that recomputes states, 0 if there is none
     every: int = 1  # steps of a piece whose states are recomputed
+    refills: int = 0  # latencies that each begins with
     threads: int = 32
     registers: int = 32
     shared: int = 0  # bytes of a block
@@ -101,7 +102,7 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
         issue=work * k.instructions / clock,
         special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
         chain=waves * steps * k.chain / clock,
-        refill=waves * steps / k.every * 2 * machine.latency / scheduled if k.replay_depth else 0,
+        refill=waves * steps / k.every * k.refills * machine.latency / scheduled,
         fill=waves * _LINES * machine.latency,
         launch=machine.launch,
     )

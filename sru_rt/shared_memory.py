@@ -1,6 +1,7 @@
-"""What a block of a GPU holds in shared memory: states that it recomputes, or a tile, and how much has room there.
+"""What a block of a GPU holds in shared memory, and how much has room there.
 
-A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it.
+A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
+recomputes states holds them, and where they are staged (cuda/gpu_stage.h) the rows of one piece or two.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ def state_bytes(variant: Variant) -> int:
 def shared_channels(variant: Variant, every: int) -> int:
     """Channels of which a block has room for the states of a piece."""
     return SHARED_BYTES // (every * state_bytes(variant))
+
+
+def staged(variant: Variant) -> dict[int, int]:
+    """Sizes of what is staged of each step, by the number in `traffic.read`: all but states."""
+    sizes = read(variant, False, keep=2)
+    return dict(enumerate(sizes[: len(sizes) - len(variant.cell.state)]))
+
+
+def staged_bytes(variant: Variant, every: int, pieces: int) -> int:
+    """Of a channel of which `pieces` of `every` steps are staged, with the states of one."""
+    return every * (pieces * sum(staged(variant).values()) + state_bytes(variant))
+
+
+def staged_channels(variant: Variant, every: int, pieces: int) -> int:
+    """Channels of which a block has room for that."""
+    return SHARED_BYTES // staged_bytes(variant, every, pieces)
 
 
 def tile_steps(chunk: int) -> int:

@@ -54,8 +54,20 @@ def gpu_kernel(
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags: tuple[str, ...] = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
     flags += ("parallel", "shoots", "reduce_reads_state", "saved_in_chunks")
-    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep", "tile_bytes")
-    way = "shoot" if plan.shoots else "lookahead" if plan.lookahead else "scan" if plan.parallel else ""
+    numbers = (
+        "width",
+        "depth",
+        "replay_depth",
+        "reduce_depth",
+        "warm_up",
+        "threads",
+        "keep",
+        "tile_bytes",
+        "staged",
+        "copied",
+    )
+    ways = {"shoot": plan.shoots, "lookahead": plan.lookahead, "scan": plan.parallel, "stage": plan.staged > 0}
+    way = next((way for way, taken in ways.items() if taken), "")
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"
 {cell_text}

@@ -217,6 +217,27 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         "lengths",
         Way("threads=32,width=2,depth=4", own_batch=False, shared=False, save=4),
     ),
+    "staged": (
+        FULL["sru"] | {"dtype": "float32"},
+        (13, 2, 19),
+        2,
+        "lengths",
+        Way("threads=32,depth=2,staged=1", save=5),
+    ),
+    "staged_by_warps": (
+        FULL["minlstm"] | {"dtype": "bfloat16"},
+        (13, 2, 32),
+        1,
+        "lengths",
+        Way("threads=32,width=1,depth=2", save=5),
+    ),
+    "staged_by_neighbours": (
+        FULL["qrnn"] | {"dtype": "bfloat16"},
+        (13, 2, 10),
+        1,
+        "plain",
+        Way("threads=32,width=1,depth=2", save=5),
+    ),
     "per_step": (
         FULL["sru"] | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},
         (6, 2, 5),

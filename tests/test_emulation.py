@@ -107,18 +107,6 @@ def test_sanitizers_name_the_line_and_the_threads(found):
         assert f"bugs.cuh:{line_of('if (BUG(misaligned_instruction))')}\n" in output
 
 
-# What the kernels of bugs.cuh take from emu/ptx.h beside what is in cuda/ptx.h.
-CP_ASYNC = r"""
-SRU_PTX void cp_async_16(void *shared, const void *global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-               "l"(__cvta_generic_to_global(global)));
-}
-SRU_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int n>
-SRU_PTX void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
-"""
-
-
 def test_nvrtc_compiles_the_kernels_with_the_bugs():
     pytest.importorskip("cupy")
     from cupy.cuda import nvrtc
@@ -127,8 +115,8 @@ def test_nvrtc_compiles_the_kernels_with_the_bugs():
         nvrtc.getVersion()
     except Exception as error:
         pytest.skip(f"no NVRTC: {error}")
-    ptx = (source.cuda_dir() / "ptx.h").read_text() + CP_ASYNC
-    program = nvrtc.createProgram(bugs.SOURCE.read_text(), "bugs.cu", [ptx.encode()], [b"ptx.h"])
+    ptx = (source.cuda_dir() / "ptx.h").read_bytes()
+    program = nvrtc.createProgram(bugs.SOURCE.read_text(), "bugs.cu", [ptx], [b"ptx.h"])
     try:
         nvrtc.compileProgram(program, ["-arch=sm_90", "--std=c++17"])
     except nvrtc.NVRTCError:
@@ -611,7 +599,8 @@ def test_the_emulation_has_all_that_ptx_h_has():
     names = set(re.findall(r"^SRU_PTX [\w ]+?[ *](\w+)\(", real, re.MULTILINE))
     assert "exp2_approx" in names and "float_to_half" in names
     types = set(re.findall(r"^SRU_(LOAD|STORE)_ONCE(?:_\d)?\((\w[\w ]*),", real, re.MULTILINE))
-    lines = [f"(void)&{name};" for name in sorted(names)]
+    templates = set(re.findall(r"^template <int \w+>\nSRU_PTX void (\w+)\(", real, re.MULTILINE))
+    lines = [f"(void)&{name}{'<1>' if name in templates else ''};" for name in sorted(names)]
     for kind, of in sorted(types):
         lines.append(f"{{ {of} *p = ({of} *)out; " + ("load_once(p); }" if kind == "LOAD" else "store_once(p, *p); }"))
     text = '#include "ptx.h"\nextern "C" __global__ void kernel(void *out) {\n' + "\n".join(lines) + "\n}\n"

@@ -196,7 +196,9 @@ def test_plans_of_the_matrix_differ():
     assert {made.parallel for made in plans} == {made.saved_in_chunks for made in plans} == {False, True}
     assert {made.shoots for made in plans if made.parallel and made.forward} == {False, True}
     assert {made.reduce_reads_state for made in plans if made.parallel and not made.forward} == {False, True}
-    assert {made.scratch_in_shared for made in plans if made.keep > 1 and not made.forward} == {False, True}
+    recomputing = [made for made in plans if made.keep > 1 and not made.forward]
+    assert {made.scratch_in_shared for made in recomputing} == {False, True}
+    assert {made.staged for made in recomputing} == {0, 1, 2}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def compare(key: str, was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     faults = []
     if now["spills"]:
         faults.append(f"{key}: spills {now['spills']} bytes")
-    for name in ("width", "depth", "threads", "shared", "load_bits"):
+    for name in ("width", "depth", "threads", "shared", "staged", "load_bits"):
         if now.get(name) != was.get(name):
             faults.append(f"{key}: {name} was {was.get(name)}, is {now.get(name)}: {RERECORD}")
     if now["registers"] > REGISTERS[12](was["registers"]):

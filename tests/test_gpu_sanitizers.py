@@ -43,6 +43,8 @@ CLEAN = {
     "asan, other cells": Job("asan", "qrnn qrnn_recomputed_pairs mingru minlstm", (0, 2)),
     "asan, chunks": Job("asan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess"),
     "asan, looking ahead": Job("asan", "looking_ahead looking_ahead_recomputed looking_ahead_in_pairs"),
+    "asan, staged": Job("asan", "staged staged_by_neighbours staged_by_warps"),
+    "tsan, staged": Job("tsan", "staged staged_by_neighbours staged_by_warps", (1, 2)),
     "tsan, 1": Job("tsan", "pairs basic", (1, 2)),
     "tsan, 2": Job("tsan", "recomputed_pairs recomputed", (3,)),
     "tsan, 3": Job("tsan", "plain per_step", (2,)),
@@ -115,8 +117,8 @@ PLANTED = {
         "tsan",
         "recomputed",
         (2,),
-        "i * a.every * step + threadIdx.x * width",
-        "i * a.every * step",
+        "(acc *)(sru_shared + a.every * before) + threadIdx.x * width",
+        "(acc *)(sru_shared + a.every * before)",
         RACE,
     ),
     "summarise one chunk too many": Job(
@@ -198,6 +200,33 @@ PLANTED = {
         RACE,
         "gpu_lookahead.h",
     ),
+    "copy a row too many": Job(
+        "asan",
+        "staged",
+        (1,),
+        "while (left > 0) {\n        if (row_of_mine() < left) row(0);",
+        "while (left >= 0) {\n        row(0);",
+        HEAP,
+        "gpu_stage.h",
+    ),
+    "copy without waiting for the neighbour": Job(
+        "tsan",
+        "staged_by_neighbours",
+        (1, 2),
+        "meet();\n        copies.template some",
+        "copies.template some",
+        RACE,
+        "gpu_stage.h",
+    ),
+    "read without waiting for the warp": Job(
+        "tsan",
+        "staged_by_warps",
+        (1, 2),
+        "cp_async_wait<buffers - 1>();\n      meet();",
+        "cp_async_wait<buffers - 1>();",
+        RACE,
+        "gpu_stage.h",
+    ),
     "go beyond the tile": Job(
         "asan",
         "looking_ahead",
@@ -252,5 +281,5 @@ def test_the_kernels_are_clean(name, outcome):
 def test_a_planted_bug_is_reported(name, outcome):
     status, output = outcome(name)
     assert re.search(PLANTED[name].report, output), f"status {status}\n{output[-4000:]}"
-    assert re.search(r"(gpu_sweep|gpu_scan|gpu_lookahead|gpu_tile|gpu_shoot|port_gpu)\.h:\d+", output), output[-4000:]
+    assert re.search(r"(gpu_\w+|port_gpu|ptx)\.h:\d+", output), output[-4000:]
     assert status != 0

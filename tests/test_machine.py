@@ -40,7 +40,12 @@ def took(channels: int, steps: int, **kernel) -> predict.Time:
         (100_000, dict(reads=6, writes=4, depth=32, threads=64, again=2, every=4), 1.2e-6, "memory"),
         # (The cache holds no piece of 4 steps.) A ring of 4 steps has 4 steps under way in a microsecond.
         (3_200, dict(reads=4, writes=0, depth=4), 250e-9, "loads in flight"),
-        (3_200, dict(reads=4, writes=0, depth=4, replay_depth=2, every=1 << 30), 750e-9, "loads in flight and refills"),
+        (
+            3_200,
+            dict(reads=4, writes=0, depth=4, replay_depth=2, every=1 << 30, refills=2),
+            750e-9,
+            "loads in flight and refills",
+        ),
         # 4 warps a multiprocessor, one for each scheduler, at an instruction a nanosecond; twice the warps, twice that.
         (12_800, dict(depth=64, instructions=50), 50e-9, "instructions"),
         (25_600, dict(depth=64, instructions=50), 100e-9, "instructions"),
@@ -77,7 +82,7 @@ def test_at_worst_a_warp_does_nothing_while_it_waits_for_its_chain():
 
 def test_pieces_refill_their_rings():
     """Twice a microsecond for each piece, but that the other warps of a scheduler fill in."""
-    ring = dict(depth=64, replay_depth=64, every=32, reads=0)
+    ring = dict(depth=64, replay_depth=64, every=32, reads=0, refills=2)
     assert took(3_200, 3200, **ring).refill == pytest.approx(100 * 2e-6)
     assert took(4 * 12_800, 3200, **ring).refill == pytest.approx(100 * 2e-6 / 4)
 
@@ -180,7 +185,7 @@ def test_estimates_beside_the_record():
         every = {"nothing kept": 0, "all states kept": 1}.get(kept, 32)
         taken = {k: kernel[k] for k in ("width", "depth", "replay_depth", "threads")}
         variant = Variant(CELLS[name], dtype, state_dtype(dtype))
-        estimate = costs.sweep(variant, direction == "forward", every, **taken)
+        estimate = costs.sweep(variant, direction == "forward", every, **taken, staged=kernel.get("staged", 0))
         assert estimate.special == pytest.approx(kernel["mufu"], abs=0.1), key
         for what, found in off.items():
             found.append(getattr(estimate, what) / kernel[what] - 1)

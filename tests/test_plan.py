@@ -97,7 +97,10 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
         assert not p.scratch_in_shared and shared == 0
     else:
         assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
-        assert shared == p.scratch_in_shared * every * p.threads * p.width * traffic.ITEMSIZE[state_dtype(dtype)]
+        # Rows lie beside them where they are staged.
+        rows = traffic.ITEMSIZE[dtype] * (len(cell.gates) + len(cell.inputs) + 1) * p.staged
+        states = traffic.ITEMSIZE[state_dtype(dtype)] * p.scratch_in_shared
+        assert shared == every * p.threads * p.width * (rows + states)
 
 
 @pytest.mark.parametrize("forward", [True, False])
@@ -267,6 +270,7 @@ def test_the_kernel_text_holds_the_whole_plan():
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
     changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True, warm_up=9)
     changed |= dict(reduce_reads_state=True, saved_in_chunks=True, lookahead=True, in_tile=5, tile_bytes=8)
+    changed |= dict(staged=1, copied=4)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
@@ -325,6 +329,99 @@ def test_override_that_asks_for_more_shared_memory_than_there_is(monkeypatch):
         made(forward=False, every=32)
     monkeypatch.setenv("SRU_RT_PLAN", "threads=384")
     assert made(forward=False, every=32).scratch_in_shared
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows in shared memory, where states are recomputed
+
+
+RECOMPUTED = {"forward": False, "every": 32}
+
+
+@pytest.mark.parametrize("dtype, held, row", [("float32", 0b11111, 20), ("bfloat16", 0b11111, 10)])
+def test_rows_are_staged(dtype, held, row):
+    p = made(dtype, **RECOMPUTED)
+    assert (p.staged, p.in_tile, p.tile_bytes, p.width, p.threads) == (2, held, row, 1, 32)
+    assert plan.shared_bytes(variant(dtype=dtype), p, 32) == 32 * 32 * (2 * row + 4)
+    assert p.depth == p.replay_depth == 8
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(forward=True),
+        dict(every=1),
+        dict(every=65),  # of which no piece has room
+        dict(mask=True),
+        dict(reset=True),
+        dict(sizes=(1, *USUAL[1:])),
+        dict(chunk=64),
+        dict(device=Device(75, 40)),
+        dict(dtype="bfloat16", sizes=(2048, 16, 1, 1023)),
+        dict(dtype="bfloat16", address=(1 << 20) + 2),
+        dict(dtype="float64", every=33),
+        dict(dtype="float64", cell=CELLS["sru_v_per_step_dropout"]),
+    ],
+)
+def test_where_rows_are_not_staged(other):
+    assert not made(**RECOMPUTED | other).staged
+
+
+@pytest.mark.parametrize(
+    "other, pieces",
+    [
+        (dict(sizes=(2048, 16, 1, 1023)), 2),  # elements of four bytes and more lie as copies demand
+        (dict(dtype="float64"), 1),
+        (dict(dtype="float16", every=64), 2),
+        (dict(every=2), 2),
+        (dict(every=34), 2),
+        (dict(every=64), 1),
+        (dict(device=Device(80, 108)), 2),
+        (dict(saved_chunk=64), 2),
+        (dict(cell=CELLS["sru_v_per_step_dropout"]), 1),
+    ],
+)
+def test_where_rows_are_staged_too(other, pieces):
+    assert made(**RECOMPUTED | other).staged == pieces
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes, copied",
+    [
+        ("float32", USUAL, 4),
+        ("bfloat16", USUAL, 8),
+        ("float32", (2048, 16, 1, 1040), 1),  # warps lie in two sequences
+        ("bfloat16", (2048, 16, 1, 1040), 2),
+        ("float64", USUAL, 2),
+    ],
+)
+def test_copies_are_of_16_bytes_where_warps_lie_in_one_sequence(dtype, sizes, copied):
+    assert made(dtype, sizes, **RECOMPUTED).copied == copied
+
+
+@pytest.mark.parametrize("name", ["gates", "inputs", "dh", "strides"])
+def test_every_array_counts_for_copies(name):
+    backward = arguments(SRU, "float32", USUAL, **RECOMPUTED)
+    given = backward.given
+    if name == "dh":
+        backward = backward._replace(dh=backward.dh + 8)
+    elif name == "strides":
+        longer = [slot._replace(stride=slot.stride + 2) for slot in given.inputs]
+        backward = backward._replace(
+            given=given._replace(inputs=longer), dinputs=[s._replace(pointer=0) for s in longer]
+        )
+    else:
+        shifted = [slot._replace(pointer=slot.pointer + 8) for slot in getattr(given, name)]
+        backward = backward._replace(given=given._replace(**{name: shifted}))
+    p = plan.plan(variant(), backward, H200)
+    assert (p.staged, p.copied) == (2, 1)
+
+
+@pytest.mark.parametrize("text, staged", [("staged=0", 0), ("staged=1", 1), ("staged=2", 2), ("threads=64", 0)])
+def test_override_of_staging(text, staged, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", text)
+    p = made(**RECOMPUTED)
+    assert p.staged == staged and bool(p.tile_bytes) == bool(staged) and p.scratch_in_shared
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     code, log = entry.compile()
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
+    result |= {"staged": made.staged} if made.staged else {}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
     if entry.kernel.startswith("sum_") or entry.kernel == "clear":
         result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
@@ -177,8 +178,8 @@ def measure(entry: Entry) -> dict[str, Any]:
     if entry.arch == 90 and entry.which in SMALL:
         result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
     elif entry.arch == 90:
-        loops = sweeps(variant, made, entry.kernel)
-        result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D))
+        loops, by = sweeps(variant, made, entry.kernel), "LDS" if made.staged else "LDG"
+        result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D, by))
     return result
 
 
@@ -190,9 +191,15 @@ def warps(arch: int, kernel: dict[str, Any]) -> int:
 
 
 def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:
-    """Of each loop over time, or over chunks, the steps of a lap and the loads from global memory of a step."""
+    """Of each loop over time, or over chunks, the steps of a lap and the loads of a step.
+
+    They are those from global memory, or from shared memory where rows are staged.
+    """
     states = len(variant.cell.state) if made.keep == 1 else 0
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
+    if made.staged:
+        rows = [made.in_tile.bit_count() + len(variant.cell.state), len(replayed(variant))]
+        return [*zip((made.depth, made.replay_depth), rows)]
     found = [(made.depth, inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count())]
     if made.lookahead:
         found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep))))
@@ -225,7 +232,9 @@ def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
     forward, every = entry.kept
     L, B, D, d = entry.sizes
     names = ("width", "depth", "replay_depth", "threads", "shared")
-    taken = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names})
+    taken = costs.sweep(
+        variant, forward, every, **{name: kernel[name] for name in names}, staged=kernel.get("staged", 0)
+    )
     taken = taken._replace(registers=kernel["registers"], instructions=kernel["instructions"], special=kernel["mufu"])
     usual = machine.usual(entry.arch, machine.USUAL_MULTIPROCESSORS[entry.arch])
     return predict.sweep(usual, taken, B * D * d, L)
@@ -270,7 +279,7 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
                 entry.dtype,
                 entry.which,
                 f"{reads:.4g} + {writes:.4g}",
-                f"{k['width']}, {k['depth']}, {k['threads']}",
+                _plan(k),
                 str(k["registers"]),
                 str(k["warps"]),
                 _loads(k),
@@ -283,6 +292,12 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
             ]
         )
     return _markdown(heads, lines)
+
+
+def _plan(kernel: dict[str, Any]) -> str:
+    """Width, depth, threads, and of how many pieces rows are staged."""
+    numbers = ", ".join(str(kernel[name]) for name in ("width", "depth", "threads"))
+    return f"{numbers}, staged {kernel['staged']}" if "staged" in kernel else numbers
 
 
 def _loads(kernel: dict[str, Any]) -> str:
@@ -308,7 +323,7 @@ def _chunks_table(rows: list[tuple[Entry, dict[str, Any]]]) -> str:
             entry.dtype,
             entry.which,
             _loads(k),
-            f"{k['width']}, {k['depth']}, {k['threads']}",
+            _plan(k),
             str(k["registers"]),
             str(k["warps"]),
             f"{k['instructions']:.1f}",

@@ -290,6 +290,7 @@ void meet(Thread &mine) {
 }
 
 WarpOrder &order_of(Thread &mine) {
+  const Unobserved unobserved;  // its memory is released by another thread
   for (WarpOrder &order : mine.block->warp_orders)
     if (order.warp_start == mine.warp_start() && order.mask == mine.call.mask) return order;
   mine.block->warp_orders.push_back({mine.warp_start(), mine.call.mask, {}, {}});

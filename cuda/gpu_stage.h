@@ -1,0 +1,259 @@
+// The backward that recomputes states, with the rows of whole pieces staged in shared memory: each is read from global
+// memory once, by copies that are under way while the pieces before it are gone through. Of two buffers one holds the
+// piece at hand. As the sweep goes back over it, rows of the next piece but one take the places of those that it is
+// done with, each that of the row as far from the end of its own piece. Where there is room for one buffer, rows of the
+// next piece do, and there is a latency to wait for at its beginning.
+//
+// Where warps lie in one sequence and arrays at multiples of 16 bytes, the threads of a warp copy for each other, 16
+// bytes at once: some of them a row, the next ones the next. A copy has four bytes at least: else two neighbours do,
+// where a thread has two. Threads that copy for each other meet before they read rows, and before they copy into the
+// places of others.
+#pragma once
+
+#include "gpu_tile.h"
+
+template <class Cell, class Io, class Saved, unsigned wide, class Plan>
+struct GpuStage {
+  typedef GpuSweep<Cell, Io, Saved, wide, Plan> Sweep;
+  typedef GpuTile<Cell, Io, Saved, wide, Plan> Tile;
+  typedef typename Sweep::acc acc;
+  typedef typename Sweep::real real;
+  typedef typename Sweep::Row Row;
+  typedef typename Sweep::Part Part;
+  typedef typename Sweep::Fixed Fixed;
+  typedef typename Sweep::Piece Piece;
+  typedef typename Sweep::Scratch Scratch;
+  typedef typename Sweep::template BackRow<acc> BackRow;
+  template <bool reverse>
+  using Span = typename Sweep::template Span<reverse>;
+
+  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = Plan::staged;
+  static constexpr int channels = Plan::copied;  // of a copy
+  static constexpr int rows = channels / width;  // that are copied at once
+  // Threads that copy for each other.
+  static constexpr int group = rows > 1 && Sweep::packs % 32 == 0 ? 32 : rows;
+  static constexpr int parts = group / rows;  // of a row, one for a thread
+
+  SRU_FN int number() { return threadIdx.x % group; }  // in the group
+  SRU_FN int row_of_mine() { return number() / parts; }
+  SRU_FN int part_of_mine() { return number() % parts * channels; }
+  SRU_FN Part copied_by(Part thread) {
+    thread.j += part_of_mine() - number() * width;
+    return thread;
+  }
+  SRU_FN void meet() {
+    if (group > 1) __syncwarp(group == 32 ? ~0u : 3u << threadIdx.x % 32 / 2 * 2);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // From global memory to shared
+
+  template <int bytes>
+  SRU_FN void start_copy(void *to, const void *from) {
+    static_assert(bytes == 4 || bytes == 8 || bytes % 16 == 0, "what copies may have");
+    if (bytes == 4) cp_async_4(to, from);
+    if (bytes == 8) cp_async_8(to, from);
+    for (int i = 0; i < bytes / 16; i++)
+      cp_async_16((unsigned char *)to + 16 * i, (const unsigned char *)from + 16 * i);
+  }
+
+  // Copies one value after another of a step, for all of the group. They lie as GpuTile::Move has it.
+  struct Copy {
+    unsigned char *at;
+
+    template <class T>
+    SRU_MEMBER void operator()(const T *from) {
+      start_copy<sizeof(T) * channels>(at + ((threadIdx.x - number()) * width + part_of_mine()) * sizeof(T), from);
+      at += Plan::threads * width * sizeof(T);
+    }
+  };
+
+  // Copies the rows of a piece, last row first, to `to`.
+  template <bool reverse>
+  struct Copies {
+    typename Sweep::template Reader<reverse, reverse> from;
+    const Io *dh;
+    unsigned char *to;
+    index_t dh_step;
+    int left;
+
+    SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece,
+                      unsigned char *to)
+        : from(f.given, copied_by(at), span.time(piece.last - 1 - row_of_mine())),
+          to(to + row_of_mine() * step_bytes),
+          left(piece.steps()) {
+      const index_t step = Sweep::batch(f.given) * Plan::D * Plan::d;
+      dh = (const Io *)f.dh + from.t * step + at.row(reverse) * Plan::d + copied_by(at).j;
+      dh_step = reverse ? step : -step;
+    }
+
+    SRU_MEMBER void row(int k) const {
+      Copy copy = {to + k * step_bytes};
+      for (int i = 0; i < Cell::n_gates; i++) copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
+      for (int i = 0; i < Cell::n_inputs; i++) {
+        const index_t offset = k * from.rows * Plan::input_stride(i);
+        if (Sweep::is_wide(i))
+          copy((const acc *)from.input[i] + offset);
+        else
+          copy((const Io *)from.input[i] + offset);
+      }
+      copy(dh + k * dh_step);
+    }
+    // The next `steps` rows, if there are so many.
+    template <int steps>
+    SRU_MEMBER void some() {
+      if (left < steps) return;
+#pragma unroll
+      for (int k = 0; k < steps; k += rows)
+        if (steps % rows == 0 || k + row_of_mine() < steps) row(k);
+      advance(steps);
+    }
+    // All that are left.
+    SRU_MEMBER void others() {
+#pragma unroll 1
+      while (left > 0) {
+        if (row_of_mine() < left) row(0);
+        advance(rows);
+      }
+    }
+    SRU_MEMBER void advance(int steps) {
+      from.advance(steps);
+      dh += steps * dh_step;
+      to += steps * step_bytes;
+      left -= steps;
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
+  // From shared memory
+
+  // Rows of a piece, first row first.
+  struct Forwards {
+    unsigned char *at;
+
+    SRU_MEMBER Row read(index_t k) const {
+      Row row;
+      typename Tile::template Move<false> move = {at - k * step_bytes};
+      Tile::visit(row, move);
+      row.padded = row.starts_anew = false;
+      return row;
+    }
+    SRU_MEMBER void advance(index_t k) { at -= k * step_bytes; }
+  };
+
+  // Last row first, with the states before their steps.
+  struct Backwards {
+    unsigned char *at;
+    Scratch from;
+
+    SRU_MEMBER Backwards(unsigned char *at, const Scratch &scratch, int steps) : at(at), from(scratch) {
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] += (steps - 1) * from.step;
+    }
+    SRU_MEMBER BackRow read(index_t k) const {
+      BackRow back;
+      typename Tile::template Move<false> move = {at + k * step_bytes};
+      Tile::visit(back, move);
+      back.row.padded = back.row.starts_anew = false;
+      for (int i = 0; i < Cell::n_state; i++) back.state[i] = load_packed<acc, width>(from.state[i] - k * from.step);
+      return back;
+    }
+    SRU_MEMBER void advance(index_t k) {
+      at += k * step_bytes;
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] -= k * from.step;
+    }
+  };
+
+  // Calls work.take(row, k) for n rows in turn, of which it reads `lap` at once and the last ones singly, and after()
+  // for each whole lap, behind it.
+  template <int lap, class From, class Work, class After>
+  SRU_FN void sweep(From from, int n, Work &work, After after) {
+#pragma unroll 1
+    for (; n >= lap; n -= lap) {
+      steps<lap>(from, work);
+      after();
+    }
+#pragma unroll 1
+    for (; n > 0; n--) steps<1>(from, work);
+  }
+  template <int count, class From, class Work>
+  SRU_FN void steps(From &from, Work &work) {
+    decltype(from.read(0)) rows[count];
+#pragma unroll
+    for (int k = 0; k < count; k++) rows[k] = from.read(k);
+#pragma unroll
+    for (int k = 0; k < count; k++) work.take(rows[k], k);
+    from.advance(count);
+    work.advance(count);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------------
+
+  template <bool reverse, class Work>
+  SRU_FN void go_back(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
+                      Work &work) {
+    extern __shared__ __align__(16) unsigned char sru_shared[];
+    const Scratch scratch(f, at, reverse, 0, buffers * step_bytes);
+    const index_t offset = at.row(reverse) * Plan::d + at.j;
+    unsigned char *here = sru_shared, *there = sru_shared + (buffers - 1) * f.given.every * step_bytes;
+    typename Sweep::template Pieces<reverse> all(f, span);
+    Piece pieces[buffers + 1];  // the one at hand, and those behind it
+    for (int i = 0; i < buffers; i++) {
+      pieces[i] = all.next();
+      Copies<reverse>(f, at, span, pieces[i], i ? there : here).others();
+      cp_async_commit();
+    }
+    typename Sweep::template Pack<Saved> state[Cell::n_state];
+    if (pieces[0].steps()) pieces[0].read(f, offset, state);
+    while (const int steps = pieces[0].steps()) {
+      cp_async_wait<buffers - 1>();
+      meet();
+      typename Sweep::Replay replay = {fixed, scratch};
+      for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
+      sweep<Plan::replay_depth>(Forwards{here + (steps - 1) * step_bytes}, steps, replay, [] {});
+
+      pieces[buffers] = all.next();
+      if (pieces[1].steps()) pieces[1].read(f, offset, state);
+      Copies<reverse> copies(f, at, span, pieces[buffers], here);
+      work.start(f, at, span.time(pieces[0].last - 1));
+      sweep<Plan::depth>(Backwards(here, scratch, steps), steps, work, [&copies] {
+        meet();
+        copies.template some<Plan::depth>();
+      });
+      meet();
+      copies.others();
+      cp_async_commit();
+      unsigned char *const done = here;
+      here = there, there = done;
+      for (int i = 0; i < buffers; i++) pieces[i] = pieces[i + 1];
+    }
+  }
+
+  template <bool reverse>
+  SRU_FN void backward_direction(const BackwardArguments<Cell> &f) {
+    const Part at(f.given);
+    if (at.idle) return;
+    const Span<reverse> span(f.given, at, 0);
+    const Fixed fixed(f.given, at, reverse);
+    real dstate[Cell::n_state];
+    Sweep::end_adjoint(f, at, span, dstate);
+    typename Sweep::template Backward<reverse> work(f, at, span, fixed, dstate);
+    go_back(f, at, span, fixed, work);
+    work.finish(f, at, span);
+    work.pad(f, at, span);
+  }
+
+  SRU_FN void backward(const BackwardArguments<Cell> &f) {
+    if (Plan::D == 1 || blockIdx.y == 0)
+      backward_direction<false>(f);
+    else
+      backward_direction<true>(f);
+  }
+};
+
+#define SRU_GPU_BACKWARD_STAGE(Cell, Io, Saved, wide, Plan, bytes)                                        \
+  static_assert(sizeof(BackwardArguments<Cell>) == bytes, "cuda/arguments.h and sru_rt/abi.py disagree"); \
+  extern "C" __global__ void __launch_bounds__(Plan::threads, 1)                                          \
+      backward(const __grid_constant__ BackwardArguments<Cell> f) {                                       \
+    GpuStage<Cell, Io, Saved, wide, Plan>::backward(f);                                                   \
+  }                                                                                                       \
+  SRU_GPU_SUMS(Cell, Io, Saved, wide, Plan)
