@@ -84,7 +84,8 @@ def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -
         slots = (*arguments.dgates, *arguments.dinputs, *arguments.dparams, *arguments.dper_sequence)
         wanted = tuple([s.pointer != 0 for s in slots])
     else:
-        single.append(arguments.h)
+        single += [arguments.h, arguments.x, arguments.weight]
+        parts = (*parts, arguments.d_in)
     single.append(g.carry)
     places = [(s.pointer - slots[0].pointer, s.stride) for slots in together for s in slots]
     places += [(slots[0].pointer % 16, 0) for slots in together]
@@ -141,7 +142,12 @@ def _sums(made: Plan, arguments: abi.Backward, functions: Mapping[str, _Function
 def _cached_if_any(variant: Variant, made: Plan, arch: int) -> Plan:
     """The plan, for any batch size if that kernel has been compiled and the one for this batch size has not."""
     general = replace(made, B=0)
-    if made.B and compile_gpu.is_cached(variant, general, arch) and not compile_gpu.is_cached(variant, made, arch):
+    if (
+        made.B
+        and not made.decodes
+        and compile_gpu.is_cached(variant, general, arch)
+        and not compile_gpu.is_cached(variant, made, arch)
+    ):
         return general
     return made
 

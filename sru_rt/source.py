@@ -54,14 +54,16 @@ def gpu_kernel(
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags: tuple[str, ...] = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
     flags += ("parallel", "shoots", "reduce_reads_state", "saved_in_chunks")
-    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep", "tile_bytes")
+    numbers = ("width", "depth", "replay_depth", "reduce_depth", "warm_up", "threads", "keep", "tile_bytes", "line")
     way = "shoot" if plan.shoots else "lookahead" if plan.lookahead else "scan" if plan.parallel else ""
+    way = "decode" if plan.decodes else way
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"
 {cell_text}
 struct plan {{
   static constexpr int {", ".join(f"{name} = {getattr(plan, name)}" for name in numbers)};
-  static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, gate_stride = {plan.gate_stride};
+  static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, d_in = {plan.d_in};
+  static constexpr index_t gate_stride = {plan.gate_stride};
   static constexpr bool {", ".join(f"{name} = {str(getattr(plan, name)).lower()}" for name in flags)};
   static constexpr unsigned wants_inputs = {plan.wants_inputs}u, in_tile = {plan.in_tile}u;
   SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}
