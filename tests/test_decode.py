@@ -198,6 +198,11 @@ def test_values_count_at_each_run(place):
     same_bits(place.get(tuple(call.run())), wanted)
 
 
+def test_rows_of_other_lengths_have_kernels_of_their_own(place, monkeypatch):
+    for d_in in (8, 16, 12):
+        same_bits(*both_ways(place, "mingru", arguments("mingru", "float16", (2, 1, 5, d_in), exact=True), monkeypatch))
+
+
 def test_x_and_weight_may_lie_anywhere(place):
     """In memory that kernels take as it is, and in such as is copied first: in each run of a prepared call."""
     given = arguments("sru", "float32", (3, 1, 8, 8))

@@ -348,9 +348,11 @@ def test_a_token_on_a_gpu(skip, place, device):
     tensors = {n: device(torch.tensor(a)) if isinstance(a, np.ndarray) else a for n, a in given.items()}
     wanted = sru_rt.sru_forward(**given)
     flags = {"mask": device(torch.zeros(1, 3, dtype=torch.bool))}
+    shifted = device(torch.zeros(19, dtype=torch.float64))[1:].view(1, 3, 6)  # at no multiple of 16 bytes
+    shifted.copy_(tensors["x"])
     other = {"weight": device(tensors["weight"].transpose(2, 3).contiguous().transpose(2, 3))}
     with noted_products() as products:
-        for change, n in (({}, 0), (flags, 1), (other, 1), ({}, 0)):
+        for change, n in (({}, 0), (flags, 1), (other, 1), ({"x": shifted}, 0), ({}, 0)):
             before, count = len(launches), len(products)
             found = sru_rt.sru_forward(**tensors | change)
             assert len(products) - count == n
