@@ -142,12 +142,7 @@ def _sums(made: Plan, arguments: abi.Backward, functions: Mapping[str, _Function
 def _cached_if_any(variant: Variant, made: Plan, arch: int) -> Plan:
     """The plan, for any batch size if that kernel has been compiled and the one for this batch size has not."""
     general = replace(made, B=0)
-    if (
-        made.B
-        and not made.decodes
-        and compile_gpu.is_cached(variant, general, arch)
-        and not compile_gpu.is_cached(variant, made, arch)
-    ):
+    if made.B and compile_gpu.is_cached(variant, general, arch) and not compile_gpu.is_cached(variant, made, arch):
         return general
     return made
 
