@@ -37,8 +37,8 @@ def of(array: NDArray | None) -> Spot | None:
 
 
 def of_operands(given: Operands) -> list[Any]:
-    """What is there of operands, arrays or spots, else None: the declared arrays, then what a token has, states, lengths,
-    mask, reset."""
+    """What is there of operands, arrays or spots, else None: the declared arrays, then x and weight of a token, states,
+    lengths, mask, reset."""
     return [*given.arrays.values(), *(given.token or ()), *given.c0, given.lengths, given.mask, given.reset]
 
 
