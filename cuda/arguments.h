@@ -37,6 +37,8 @@ struct ForwardArguments {
   void *c_last[Cell::n_state];  // (D, B, d)
   void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes; of chunks of
                                 // time, unless they guess, ceil(chunk/every) rows each
+  const void *x, *weight;       // of one token whose U the kernel forms, (B, d_in) and (D, k, d, d_in); else null
+  index_t d_in;
 };
 
 // Null `dgate`, `dinput`, `dper_sequence`, `dparam` are not wanted. On the CPU, `dc0` also carries the adjoint of the

@@ -33,6 +33,7 @@ struct GpuSweep {
     index_t b, j, length;
     bool idle;
 
+    SRU_MEMBER Part(index_t b, index_t j) : b(b), j(j), length(1), idle(false) {}  // of one step
     SRU_MEMBER explicit Part(const Given &a, index_t block = blockIdx.x) {
       const index_t n = block * Plan::threads + threadIdx.x;
       idle = n >= batch(a) * packs;

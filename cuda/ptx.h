@@ -63,6 +63,24 @@ SRU_STORE_ONCE_2(double2, "f64", "d")
 #undef SRU_STORE_ONCE
 #undef SRU_STORE_ONCE_2
 
+// The same loads, of bits, for what has to be under way before a barrier: no compiler moves them to behind it, as it
+// may those above, to save registers.
+
+#define SRU_LOAD_NOW(type, suffix, results, address, ...)                           \
+  SRU_PTX type load_now(const type *p) {                                            \
+    type a;                                                                         \
+    asm volatile("ld.global.L1::no_allocate." suffix " " results ", [" address "];" \
+                 : __VA_ARGS__                                                      \
+                 : "l"(__cvta_generic_to_global(p))                                 \
+                 : "memory");                                                       \
+    return a;                                                                       \
+  }
+SRU_LOAD_NOW(unsigned short, "u16", "%0", "%1", "=h"(a))
+SRU_LOAD_NOW(unsigned int, "u32", "%0", "%1", "=r"(a))
+SRU_LOAD_NOW(uint2, "v2.u32", "{%0, %1}", "%2", "=r"(a.x), "=r"(a.y))
+SRU_LOAD_NOW(uint4, "v4.u32", "{%0, %1, %2, %3}", "%4", "=r"(a.x), "=r"(a.y), "=r"(a.z), "=r"(a.w))
+#undef SRU_LOAD_NOW
+
 // ------------------------------------------------------------------------------------------------------------------
 // Flags by which blocks tell each other what they have written. What a thread and, before a barrier, the others of its
 // block have written is seen by whoever then sees the flag: after acquire_flags() at once, after look_at() not yet.

@@ -111,6 +111,15 @@ def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default="auto",
         help="what time_parallel= is: yes for True, no for False (default: auto)",
     )
+    add(
+        "--d-in",
+        nargs="+",
+        type=_positive,
+        default=[0],
+        metavar="N",
+        help="columns of the weight, for steps of few sequences, whose kernels form U (with --length 1 --save no; "
+        "default: U is given)",
+    )
     add("--mask", action="store_true", help="calls with mask=")
     add("--reset", action="store_true", help="calls with reset=")
     add("--no-dx", action="store_true", help="calls of sru_backward with a need= that leaves x out")

@@ -52,6 +52,9 @@ class Forward(NamedTuple):
     h: int
     c_last: Sequence[int]
     saved: Sequence[int]
+    x: int = 0
+    weight: int = 0
+    d_in: int = 0
 
 
 class Backward(NamedTuple):
@@ -80,7 +83,8 @@ def values(arguments: Forward | Backward) -> list[int | float]:
     """The fields of the struct, in their order."""
     found = _given(arguments.given)
     if isinstance(arguments, Forward):
-        return [*found, arguments.h, *arguments.c_last, *arguments.saved]
+        f = arguments
+        return [*found, f.h, *f.c_last, *f.saved, f.x, f.weight, f.d_in]
     b = arguments
     found += [b.dh, *b.dc_last, *b.saved, *b.states, *b.partial]
     found += _slots(b.dgates) + _slots(b.dinputs) + _slots(b.dper_sequence) + _slots(b.dparams)
@@ -95,7 +99,7 @@ def layout(cell: Cell, forward: bool) -> struct.Struct:
     states = len(cell.state)
     given = f"{8 + integers + states}q{max(1, len(cell.constants))}d2q"
     if forward:
-        return struct.Struct(f"={given}{1 + 2 * states}q")
+        return struct.Struct(f"={given}{4 + 2 * states}q")
     return struct.Struct(f"={given}{3 + 3 * states + integers + states + 1}q")
 
 

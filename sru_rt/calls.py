@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import abi, choose, chunks
+from . import abi, choose, chunks, decode
 from .cell import Array, Cell
 from .dtypes import state_dtype
 from .machine import Device
@@ -40,6 +40,7 @@ class Call:
     wants_x: bool = True  # the gradient of x
     L: int = MANY
     time_parallel: bool | str = "auto"
+    d_in: int = 0  # of a step's weight, 0 where U is given
 
     @property
     def variant(self) -> Variant:
@@ -62,7 +63,13 @@ class Call:
         return list(dict.fromkeys(self.plan(which, B, device, cut) for cut in self._cuts(B, device)))
 
     def general_plans(self, which: str, device: Device) -> list[Plan]:
-        """The plans, for any batch size each, of which one fits every call: the load is all that they depend on."""
+        """The plans, for any batch size each, of which one fits every call: the load is all that they depend on.
+
+        Kernels that form U themselves have a batch size each.
+        """
+        if self.d_in:
+            own = [self.plan(which, B, device) for B in range(1, decode.MOST + 1)]
+            return [*(p for p in own if p.decodes), *replace(self, d_in=0).general_plans(which, device)]
         sizes = [*choose.batches(self.D * self.d, device)]
         cuts = dict.fromkeys(cut for B in sizes for cut in self._cuts(B, device))
         return list(dict.fromkeys(replace(self.plan(which, B, device, cut), B=0) for cut in cuts for B in sizes))
@@ -79,7 +86,12 @@ class Call:
 
     def _forward(self, B: int, cut: tuple[int, int] = (0, 0)) -> abi.Forward:
         states = [_ADDRESS] * len(self.cell.state)
-        return abi.Forward(self._given(B, cut[0]), h=_ADDRESS, c_last=states, saved=states)
+        made = abi.Forward(self._given(B, cut[0]), h=_ADDRESS, c_last=states, saved=states)
+        sizes = self.L, B, self.D, self.d
+        if self.every or not (self.d_in and decode.fits(self.dtype, sizes, self.d_in)):
+            return made
+        given = made.given._replace(gates=[abi.NOT_WANTED] * len(self.cell.gates))
+        return made._replace(given=given, x=_ADDRESS, weight=_ADDRESS, d_in=self.d_in)
 
     def _backward(self, B: int, cut: tuple[int, int] = (0, 0)) -> abi.Backward:
         states = [_ADDRESS] * len(self.cell.state)

@@ -13,15 +13,17 @@ from typing import Any
 
 from . import shared_memory
 from .cell import ADJOINT_OF_H, Cell, adjoint_of
+from .decode import THREADS, Reads
 from .dtypes import state_dtype
 from .graph import LEAVES, Node, topological
-from .predict import Kernel
+from .predict import Kernel, Token
 from .traffic import ITEMSIZE, moved, read, reduced, replayed
 from .variant import Variant
 
 # Clocks from an operand to the result; assumptions.
-OPERATION, SPECIAL_OPERATION = 4, 20
+OPERATION, SPECIAL_OPERATION, SHUFFLE = 4, 20, 28
 _CHAINS = {"sigmoid": 2 * OPERATION + 2 * SPECIAL_OPERATION, "tanh": 4 * OPERATION + 2 * SPECIAL_OPERATION}
+_SHUFFLES = 5  # of a sum over a warp
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
 _COPY, _AGAIN = 2.5, 5.0  # the same of a copy of 16 bytes to shared memory; of a step that has a ring of its own
@@ -142,6 +144,24 @@ def fold(variant: Variant, width: int = 1, threads: int = 64) -> Kernel:
         registers=min(255, 40 + words * depth),
         instructions=4 * rows + _STEP / width,
         chain=OPERATION * n,
+    )
+
+
+def token(variant: Variant, B: int, d_in: int, reads: Reads) -> Token:
+    """The kernel that forms U of one token of B sequences, and takes the step."""
+    gates, item = len(variant.cell.gates), ITEMSIZE[variant.dtype]
+    in_line, halves = reads.line // item, 1 if item == 2 else 0
+    # Of each element: of the weight a conversion and a product for each sequence; of x a conversion.
+    elements = in_line * (gates * (halves + B) + B * halves)
+    return Token(
+        lines=d_in // in_line,
+        depth=reads.depth,
+        gates=gates,
+        line=reads.line,
+        x=B * d_in * item,
+        threads=THREADS,
+        instructions=elements + _STEP + _LOAD * (gates + B),
+        chain=_SHUFFLES * SHUFFLE + chain(variant.cell, True, False),
     )
 
 

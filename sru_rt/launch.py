@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import abi, chunks, compile_cpu, launch_gpu, numpy_sweep, plan, settings
+from . import abi, chunks, compile_cpu, decode, launch_gpu, numpy_sweep, plan, settings
 from .errors import CompileError, LibraryError
 from .log import warn_once
 from .variant import Variant
@@ -104,6 +104,11 @@ def loaded(variant: Variant, arguments: abi.Forward | abi.Backward, device: str)
 def needs_scratch(variant: Variant, every: int, device: str = "cpu") -> bool:
     """Whether a backward wants memory for the `every` states of a piece that it recomputes."""
     return every > 1 if device == "cpu" else plan.needs_scratch(variant, every)
+
+
+def decodes(dtype: str, sizes: tuple[int, int, int, int], d_in: int, device: str = "cpu") -> bool:
+    """Whether a kernel of the device forms U of one token itself: see `decode.fits`."""
+    return device != "cpu" and decode.fits(dtype, sizes, d_in)
 
 
 def chunk(

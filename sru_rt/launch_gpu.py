@@ -84,7 +84,8 @@ def _key(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -
         slots = (*arguments.dgates, *arguments.dinputs, *arguments.dparams, *arguments.dper_sequence)
         wanted = tuple([s.pointer != 0 for s in slots])
     else:
-        single.append(arguments.h)
+        single += [arguments.h, arguments.x, arguments.weight]
+        parts = (*parts, arguments.d_in)
     single.append(g.carry)
     places = [(s.pointer - slots[0].pointer, s.stride) for slots in together for s in slots]
     places += [(slots[0].pointer % 16, 0) for slots in together]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from . import recurrence, repeat, replay
+from . import launch, recurrence, repeat, replay
 from .cell import Array, Cell
 from .check import Check
 from .dtypes import state_dtype, to_numpy
@@ -16,7 +16,7 @@ from .inputs import Input
 from .library import NDArray
 from .options import Options, each_state, memory_policy, outputs, saved_dtype
 from .projection import Projection
-from .recurrence import Operands
+from .recurrence import Operands, Token
 from .saved import Saved
 
 
@@ -56,10 +56,12 @@ def forward(
     read = [*arrays.values(), *factors, lengths, mask, reset, projected.x if projected else None]
     h, c_last = outputs(check, options.out, dtype, c0, read)
 
-    projection = None
+    projection = token = None
     if projected:
         x, *own = (library.contiguous(a, to_numpy(dtype)) for a in (projected.x, *factors))
         projection = Projection(library, x, tuple(own), projected.window, lengths, mask, reset)
+        token = _token(projection, options, dtype)
+    if projection and not token:
         shared = options.in_workspace and not replay.is_recording()  # with other calls
         arrays["u"] = projection.u(library.workspace if shared else library.empty)
     declared = {a.name: a for a in cell.arrays}
@@ -74,6 +76,7 @@ def forward(
         reset=reset,
         library=library,
         time_parallel=options.time_parallel,
+        token=token,
     )
     made = recurrence.prepared_forward(
         operands, every, kept_dtype, None if h is None else h.reshape(L, B, D, d), c_last
@@ -89,6 +92,15 @@ def forward(
     saved = repeat.remember(check.names, options, projected, operands, made, saved)
     result = made.h.reshape(L, B, D * d) if h is None else h, _one_or_all(made.last)
     return (*result, saved) if saved else result
+
+
+def _token(projection: Projection, options: Options, dtype: str) -> Token | None:
+    """What a kernel forms U from; None where a product forms it."""
+    (L, B, d_in), (D, _, d, _) = projection.x.shape, projection.factors[0].shape
+    whole = options.in_workspace and len(projection.factors) == 1 and projection.window == 1
+    if not (whole and launch.decodes(dtype, (L, B, D, d), d_in, projection.library.device)):
+        return None
+    return Token(projection.x[0], projection.factors[0])
 
 
 def _replayed(
@@ -108,6 +120,9 @@ def _replayed(
     u = None
     if projection and projected:
         pairs += zip((projection.x, *projection.factors), (projected.source, *projected.factors))
+    if operands.token:
+        projection = None
+    elif projection:
         (name,) = (a.name for a in cell.arrays if a.kind == "gates")
         u = operands.arrays[name]
         u = u.reshape(u.shape[0] * u.shape[1], -1)

@@ -170,16 +170,25 @@ class Passes:
             *self._carry(self._forward_chunk, forward=True),
         ]
 
-    def forward(self) -> Pass:
+    def forward(self, d_in: int = 0) -> Pass:
+        """With `d_in`, of one token whose U the kernel forms: the first address is that of x (B, d_in) then, and the
+        last one that of the weight (D, k, d, d_in).
+        """
         _, B, D, d = self._shape
         results = self.allocated_by_forward()
-        at = self._places(len(self._o) + len(results))
+        at = self._places(len(self._o) + len(results) + bool(d_in))
         h, c_last, saved = at[len(self._o) :][:3]
+        given = self._given(at, self._forward_chunk)
+        if d_in:
+            given = given._replace(gates=[abi.NOT_WANTED] * len(self._cell.gates))
         arguments = abi.Forward(
-            given=self._given(at, self._forward_chunk),
+            given=given,
             h=h,
             c_last=self._each(c_last, D * B * d),
             saved=self._each(saved if self._call.keep else 0, self._kept * B * D * d),
+            x=at[0] if d_in else 0,
+            weight=at[-1] if d_in else 0,
+            d_in=d_in,
         )
         return Pass(self._prepared(arguments, len(at)), results)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import abi, settings, shared_memory
+from . import abi, decode, settings, shared_memory
 from .choose import THREADS, Task, choose, load, shoots, warm_up
 from .dtypes import state_dtype
 from .errors import ArgumentError, LibraryError
@@ -70,6 +70,13 @@ class Plan:
     tile_bytes: int = 0  # of one step of a thread
     staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
     copied: int = 0  # channels of such a copy
+    d_in: int = 0  # of a kernel that forms U of one token itself; 0: U is given
+    line: int = 0  # bytes of a load of such a kernel
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the kernel forms U itself: see cuda/gpu_decode.h."""
+        return self.d_in > 0
 
     @property
     def shoots(self) -> bool:
@@ -89,6 +96,8 @@ class Plan:
 
     def grid(self, B: int) -> tuple[int, int, int]:
         """Blocks of the sweep: (channels of all sequences, directions, 1)."""
+        if self.decodes:
+            return -(-self.d // (self.threads // 32)), self.D, 1
         return -(-B * (self.d // self.width) // self.threads), self.D, 1
 
 
@@ -100,6 +109,8 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         ArgumentError: SRU_RT_PLAN is not understood.
     """
     given = arguments.given
+    if isinstance(arguments, abi.Forward) and arguments.d_in:
+        return _decoding(variant, arguments)
     _check_layout(variant, arguments)
     key = _static(variant, arguments)
     pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and _takes_pairs(variant, arguments)
@@ -120,6 +131,23 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     choice = choose(task, at, device.arch, device.multiprocessors)
     own = given.B if _has_own_kernel(variant, key, device, given.B) else 0
     return _overridden(replace(key, **choice._asdict(), B=own), variant, arguments)
+
+
+def _decoding(variant: Variant, arguments: abi.Forward) -> Plan:
+    """The plan for one token whose U the kernel forms; the batch size is compiled in."""
+    f, chosen = arguments, overrides()
+    line, depth = decode.reads(variant.dtype, len(variant.cell.gates), f.d_in, f.x, f.weight)
+    return replace(
+        _static(variant, arguments),
+        width=1,
+        depth=chosen.get("depth", depth),
+        replay_depth=1,
+        reduce_depth=1,
+        threads=chosen.get("threads", decode.THREADS),
+        B=f.given.B,
+        d_in=f.d_in,
+        line=line,
+    )
 
 
 def needs_scratch(variant: Variant, every: int) -> bool:
@@ -251,12 +279,14 @@ def overrides() -> dict[str, int]:
         "lookahead": (0, 1),
         "staged": (0, 1, 2),
         "warm_up": range(1, 1 << 31),
+        "decode": (0, 1),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, separated by commas"
+                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, decode=0 or 1, separated by "
+                "commas"
             )
     return chosen
 

@@ -122,6 +122,44 @@ def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float
     return total._replace(in_flight=total.in_flight + waits, fill=_LINES * machine.latency, launch=machine.launch)
 
 
+class Token(NamedTuple):
+    """What a kernel takes that forms U of one token and takes the step, a warp for each channel."""
+
+    lines: int  # of a row of the weight, 32 of which a warp reads at once
+    depth: int  # those that are read ahead
+    gates: int  # rows of a channel
+    line: int  # bytes of a line
+    x: int  # bytes of x, which every block fetches
+    threads: int
+    instructions: float  # of a lane for a line of each row
+    chain: float  # clocks from the last product to the state
+
+
+def token(machine: Machine, kernel: Token, channels: int, in_cache: bool) -> Time:
+    """The time of such a kernel, of which the second-level cache has the weight if it is `in_cache`.
+
+    All loads of a lane are under way before the first one arrives, up to `depth` lines.
+    """
+    k, clock = kernel, machine.clock
+    warps = k.threads // 32
+    blocks = -(-channels // warps)
+    fullest = -(-blocks // machine.multiprocessors)  # blocks of one multiprocessor
+    laps = -(-k.lines // 32)
+    weight = channels * k.gates * k.lines * k.line
+    of_one = fullest * (weight / blocks + k.x)
+    return Time(
+        memory=0 if in_cache else weight / machine.bandwidth,
+        cache=max((weight + blocks * k.x) / machine.cache_bandwidth, of_one / machine.port_bandwidth),
+        in_flight=(-(-laps // k.depth) - 1) * machine.latency,
+        issue=-(-fullest * warps // SCHEDULERS) * laps * k.instructions / clock,
+        special=0,
+        chain=k.chain / clock,
+        refill=0,
+        fill=machine.latency,
+        launch=machine.launch,
+    )
+
+
 def occupancy(machine: Machine, kernel: Kernel) -> int:
     """Blocks that a multiprocessor holds at once: by threads, blocks, registers and shared memory."""
     threads, blocks, shared = machine.limits

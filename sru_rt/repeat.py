@@ -165,6 +165,7 @@ def remember(
         names: what the function calls arrays that the cell declares under other names.
     """
     given, is_token = _asked.given, options.in_workspace
+    projected = None if operands.token else projected
     o = None if _asked.key is None else _positions(names, operands, bool(projected))
     from_x = _projected(projected, operands, o[-3:], is_token) if projected and o else None
     if o is None or (projected and not from_x):
@@ -184,7 +185,7 @@ def remember(
         order=[*(i for i in o if i is not None), *results],
         results=results,
         sizes=[array.nbytes if i != o[-3] else 0 for i, array in enumerate(given)],
-        written=_written(results, o[len(operands.arrays) : -3]),
+        written=_written(results, o[-3 - len(operands.c0) : -3]),
         kept=_kept(saved, o, operands) if saved else None,
     )
     _remember(_asked.key, repeat)
@@ -198,7 +199,8 @@ def _positions(names: Mapping[str, str], operands: Operands, forms_u: bool) -> l
     """
     state, n = names.get(operands.cell.initial, operands.cell.initial), len(operands.c0)
     states = [state] if n == 1 else [f"{state}[{i}]" for i in range(n)]
-    named = [*(names.get(name, name) for name in operands.arrays), *states, "lengths", "mask", "reset"]
+    token = ["x", "weight"] if operands.token else []
+    named = [*(names.get(name, name) for name in operands.arrays), *token, *states, "lengths", "mask", "reset"]
     found: list[int | None] = []
     for name, array in zip(named, spots.of_operands(operands)):
         position = None

@@ -24,6 +24,7 @@ class Forward:
 
     Args:
         conversions: pairs of an array that a kernel or a product reads, and the given one that it was made from.
+        projection: None where U is given, or the kernel forms it.
         u: (L*B, D*k*d), what the projection writes.
         held: arrays that the addresses among the arguments belong to.
     """

@@ -52,28 +52,19 @@ def gpu_kernel(
     """The compile unit of one pass of a cell under a plan; see the end of the header that it includes."""
     types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
-    flags: tuple[str, ...] = ("has_mask", "has_reset", "wants_gates", "scratch_in_shared")
-    flags += ("parallel", "shoots", "reduce_reads_state", "saved_in_chunks")
-    numbers = (
-        "width",
-        "depth",
-        "replay_depth",
-        "reduce_depth",
-        "warm_up",
-        "threads",
-        "keep",
-        "tile_bytes",
-        "staged",
-        "copied",
-    )
-    ways = {"shoot": plan.shoots, "lookahead": plan.lookahead, "scan": plan.parallel, "stage": plan.staged > 0}
+    flags = "has_mask has_reset wants_gates scratch_in_shared parallel shoots".split()
+    flags += "reduce_reads_state saved_in_chunks".split()
+    numbers = "width depth replay_depth reduce_depth warm_up threads keep tile_bytes staged copied line".split()
+    ways = {"decode": plan.decodes, "shoot": plan.shoots, "lookahead": plan.lookahead, "scan": plan.parallel}
+    ways["stage"] = plan.staged > 0
     way = next((way for way, taken in ways.items() if taken), "")
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"
 {cell_text}
 struct plan {{
   static constexpr int {", ".join(f"{name} = {getattr(plan, name)}" for name in numbers)};
-  static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, gate_stride = {plan.gate_stride};
+  static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, d_in = {plan.d_in};
+  static constexpr index_t gate_stride = {plan.gate_stride};
   static constexpr bool {", ".join(f"{name} = {str(getattr(plan, name)).lower()}" for name in flags)};
   static constexpr unsigned wants_inputs = {plan.wants_inputs}u, in_tile = {plan.in_tile}u;
   SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}

@@ -37,8 +37,9 @@ def of(array: NDArray | None) -> Spot | None:
 
 
 def of_operands(given: Operands) -> list[Any]:
-    """What is there of operands, arrays or spots, else None: the declared arrays, then states, lengths, mask, reset."""
-    return [*given.arrays.values(), *given.c0, given.lengths, given.mask, given.reset]
+    """What is there of operands, arrays or spots, else None: the declared arrays, then x and weight of a token, states,
+    lengths, mask, reset."""
+    return [*given.arrays.values(), *(given.token or ()), *given.c0, given.lengths, given.mask, given.reset]
 
 
 class Spots:

@@ -46,6 +46,7 @@ class Kernel:
         flags = {"mask": p.has_mask, "reset": p.has_reset, "scratch in shared memory": p.scratch_in_shared}
         flags |= {"rows staged there": p.staged > 0}
         flags |= {"parallel over time": p.parallel, "after one that is": p.saved_in_chunks}
+        flags |= {f"forms U, d_in={p.d_in}": p.decodes}
         if p.input_strides and not (p.forward or p.wants_inputs):
             flags["no dx"] = True
         options = ", ".join(filter(None, (kept, *(name for name, on in flags.items() if on))))
@@ -141,7 +142,7 @@ def _plans(call: Call, which: str, device: Device, batches: Sequence[int]) -> li
         return call.general_plans(which, device)
     plans = [p for B in batches for p in call.plans(which, B, device)]
     if len(batches) > MAX_BATCHES:  # in each process, those that come last get a kernel for any batch size
-        plans += [replace(p, B=0) for p in plans]
+        plans += [replace(p, B=0) for p in plans if not p.decodes]
     return plans
 
 
@@ -164,9 +165,9 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
     """The calls that the options describe."""
     policies = [memory_policy(Check("sru_rt warm"), save) for save in options.save]
     combinations = itertools.product(
-        _cells(options.cell), options.dtype, options.directions, options.d, options.length, policies
+        _cells(options.cell), options.dtype, options.directions, options.d, options.length, policies, options.d_in
     )
-    for cell, dtype, D, d, L, every in combinations:
+    for cell, dtype, D, d, L, every, d_in in combinations:
         yield Call(
             cell,
             dtype,
@@ -179,6 +180,7 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
             wants_x=not options.no_dx,
             L=L,
             time_parallel=_TIME_PARALLEL[options.time_parallel],
+            d_in=d_in,
         )
 
 

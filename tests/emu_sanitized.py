@@ -1,4 +1,4 @@
-"""The GPU's kernels on the small matrices of gpu_places.py and, in parallel over time, of test_time_parallel.py.
+"""The GPU's kernels on small matrices: of gpu_places.py, in parallel over time of test_time_parallel.py, and on tokens.
 
 They run under the emulation, in a process with a sanitizer:
 
@@ -19,10 +19,17 @@ from pathlib import Path
 import pytest
 
 from emu import fake_cupy
-from gpu_places import SMALL, Problem, at, judge, run
+from gpu_places import SMALL, Place, Problem, at, judge, run
+from test_decode import arguments, step_of
+from test_repeat import same_bits
 from test_time_parallel import CHUNKED
 
-CASES = SMALL | CHUNKED
+# Whose kernel forms U: more lines than the ring holds, and narrow ones; blocks that are not full.
+TOKENS = {
+    "token": ("sru", "bfloat16", (3, 2, 5, 1320)),
+    "token_of_narrow_lines": ("minlstm", "float16", (5, 1, 6, 333)),
+}
+CASES = SMALL | CHUNKED | TOKENS
 
 
 def main(names: list[str], orders: list[int], sources: Path | None) -> None:
@@ -36,11 +43,24 @@ def main(names: list[str], orders: list[int], sources: Path | None) -> None:
     ):
         for name, order in itertools.product(names, orders):
             os.environ["SRU_RT_EMU_ORDER"] = str(order)
+            if name in TOKENS:
+                step(place, name, patch)
+                continue
             *what, way = CASES[name]
             problem = Problem.make(*what)
             way.go(patch)
             judge(problem, run(place, problem, save=way.save, time_parallel=name in CHUNKED))
     print(f"ran {len(names) * len(orders)} recurrences: {', '.join(names)}")
+
+
+def step(place: Place, name: str, patch: pytest.MonkeyPatch) -> None:
+    """Takes a step both ways, where these have the same bits."""
+    cell, *what = TOKENS[name]
+    given, found = place.put(arguments(cell, *what, exact=True)), []
+    for way in ("", "decode=0"):
+        patch.setenv("SRU_RT_PLAN", way)
+        found.append(place.get(step_of(cell)(**given)))
+    same_bits(*found)
 
 
 if __name__ == "__main__":

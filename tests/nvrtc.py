@@ -335,8 +335,12 @@ def arguments(
     address: int = 1 << 20,
     chunk: int = 0,
     saved_chunk: int = 0,
+    d_in: int = 0,
 ) -> Any:
-    """What recurrence.py would hand to the waist for arrays of `sizes` (L, B, D, d) that all begin at `address`."""
+    """What recurrence.py would hand to the waist for arrays of `sizes` (L, B, D, d) that all begin at `address`.
+
+    With `d_in`, a kernel forms U.
+    """
     L, B, D, d = sizes
     slots = {
         "gates": [abi.Slot(address + i * d * ITEMSIZE[dtype], len(cell.gates) * d) for i in range(len(cell.gates))],
@@ -365,7 +369,11 @@ def arguments(
         **slots,
     )
     if forward:
-        return abi.Forward(given, h=address, c_last=single, saved=single if every else [0] * len(single))
+        made = abi.Forward(given, h=address, c_last=single, saved=single if every else [0] * len(single))
+        if not d_in:
+            return made
+        given = given._replace(gates=[abi.NOT_WANTED] * len(cell.gates))
+        return made._replace(given=given, x=address, weight=address, d_in=d_in)
     wanted = {kind: of if kind in need else [abi.NOT_WANTED] * len(of) for kind, of in slots.items()}
     return abi.Backward(
         given,

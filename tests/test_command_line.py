@@ -280,6 +280,47 @@ def test_one_token(monkeypatch, nvrtc, new_process):
     assert wanted != warmed(*base.split())
 
 
+def test_a_token_whose_kernel_forms_u(monkeypatch, nvrtc, new_process):
+    """For the batch sizes that go so; others, and those of all when none are named, also go by a product."""
+
+    def fitting(B: int) -> set[tuple]:
+        return {(p.d_in, p.B) for _, p, _ in warmed(*base.split(), "--batch", str(B))}
+
+    base = "--arch sm_90 --cell sru --dtype float32 --d 32 --save no --length 1 --d-in 48"
+    assert [fitting(B) for B in (1, 8, 9)] == [{(48, 1)}, {(48, 8)}, {(0, 9)}]
+    every = {p for _, p, _ in warmed(*base.split())}
+    assert {p.B for p in every if p.decodes} == set(range(1, 9)) and {p.B for p in every if not p.decodes} == {0}
+    given = warmed(*base.replace("--d-in 48", "").split())
+    assert {p for _, p, _ in given} == {p for p in every if not p.decodes}
+    assert not any(p.decodes for _, p, _ in warmed(*base.replace("--save no", "--save every").split()))
+    many = warmed(*base.split(), "--batch", *map(str, range(1, 11)))
+    assert {p.B for _, p, _ in many if p.decodes} == set(range(1, 9))
+    assert {p.B for _, p, _ in many if not p.decodes} == {9, 10, 0}
+    kernel = next(k for k in warm.kernels(options(*base.split(), "--batch", "3")))
+    assert "forms U, d_in=48" in str(kernel)
+
+
+def test_warmed_tokens_are_those_of_calls(place, monkeypatch, new_process):
+    """What steps look for on a GPU, of any number of sequences."""
+    seen, really = set(), compile_gpu.cubin
+
+    def spy(variant, made, arch):
+        seen.add((variant, made, arch))
+        return really(variant, made, arch)
+
+    monkeypatch.setattr(compile_gpu, "cubin", spy)
+    if place.name == "gpu":
+        facts = launch_gpu.device_facts(0)
+        where = f"--arch sm_{facts.arch} --multiprocessors {facts.multiprocessors}"
+    else:
+        where = "--arch sm_90"
+    base = f"{where} --cell mingru --dtype float16 --d 6 --directions 2 --save no --length 1 --d-in 10 --batch 1 8 9"
+    weight, bias = np.zeros((2, 2, 6, 10), np.float16), np.zeros((2, 2, 6), np.float32)
+    for B in (1, 8, 9):
+        sru_rt.mingru_step(*place.put((np.zeros((B, 10), np.float16), weight, bias)))
+    assert seen == warmed(*base.split())
+
+
 @pytest.mark.parametrize(
     "d, dtype, save", [(1, "float32", 0), (64, "float16", 1), (512, "float16", 32), (33, "float16", 1)]
 )

@@ -733,7 +733,9 @@ def numbered(counts: tuple[int, ...], forward: bool) -> tuple[Any, list[int]]:
     first |= {"c0": take(state), "constants": [float(i) for i in take(constants)]}
     given = abi.Given(**first, **dict(zip(("chunk", "carry"), take(2))))
     if forward:
-        arguments: Any = abi.Forward(given=given, h=next(number), c_last=take(state), saved=take(state))
+        own = {"h": next(number), "c_last": take(state), "saved": take(state)}
+        own |= dict(zip(("x", "weight", "d_in"), take(3)))
+        arguments: Any = abi.Forward(given=given, **own)
     else:
         own = {"dh": next(number), "dc_last": take(state), "saved": take(state), "states": take(state)}
         own |= {"partial": abi.Slot(next(number), next(number))} | {f"d{kind}": slots(n) for kind, n in kinds.items()}

@@ -21,12 +21,13 @@ from typing import Any
 
 import pytest
 
-from sru_rt import choose, chunks, compile_gpu, machine, plan, source
+from sru_rt import choose, chunks, compile_gpu, decode, machine, plan, source
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import CacheError, CompileError
 from sru_rt.graph import topological
 from sru_rt.shared_memory import chunk_of_tile
+from sru_rt.traffic import ITEMSIZE
 from sru_rt.variant import Variant
 
 pytest.importorskip("cupy", reason="CuPy, through which kernels for a GPU are compiled, is not installed")
@@ -186,6 +187,31 @@ def test_kernels_compile_and_nothing_spills(major, arch):
             faults.append(f"{row}: {warning}")
     assert not faults, "\n".join(faults)
     assert n >= 10
+
+
+# Of a token whose kernel forms U: sequences, directions, d, d_in.
+TOKENS = ((1, 1, 1024, 1024), (8, 1, 1024, 1024), (5, 2, 13, 333), (8, 2, 64, 3072), (3, 1, 512, 4100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("major", RELEASES)
+def test_kernels_of_a_token_compile_and_nothing_spills(major, arch):
+    faults = []
+    rows = itertools.product(CELLS.values(), IO_DTYPES, TOKENS)
+    for i, (cell, dtype, (B, D, d, d_in)) in enumerate(rows):
+        if (i + ARCHS.index(arch)) % len(ARCHS) or not decode.fits(dtype, (1, B, D, d), d_in):
+            continue
+        variant = Variant(cell, dtype, state_dtype(dtype))
+        arguments = nvrtc.arguments(cell, dtype, (1, B, D, d), d_in=d_in)
+        made = plan.plan(variant, arguments, machine.Device(arch, machine.USUAL_MULTIPROCESSORS[arch]))
+        log = release(major).compile(compile_gpu.unit(variant, made), (f"-arch=sm_{arch}", *compile_gpu.FLAGS))[1]
+        used = nvrtc.resources(log)["forward"]
+        assert made.decodes and used.shared >= B * d_in * ITEMSIZE[dtype]
+        if used.spill_stores or used.spill_loads or used.stack or used.registers > 255 or used.shared > 48 << 10:
+            faults.append(f"{cell.name} {dtype} {B, D, d, d_in}: {used}, plan {made}")
+        faults += re.findall(r"^.*\bwarning\b.*$", log, re.MULTILINE)
+    assert not faults, "\n".join(faults)
 
 
 def test_plans_of_the_matrix_differ():

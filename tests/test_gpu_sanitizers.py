@@ -51,6 +51,8 @@ CLEAN = {
     "tsan, other cells": Job("tsan", "qrnn_recomputed_pairs mingru minlstm", (1,)),
     "tsan, chunks": Job("tsan", "chunks chunks_recomputed chunks_of_pairs chunks_that_guess", (1,)),
     "tsan, looking ahead": Job("tsan", "looking_ahead looking_ahead_recomputed looking_ahead_in_pairs", (2,)),
+    "asan, tokens": Job("asan", "token token_of_narrow_lines", (0, 2)),
+    "tsan, tokens": Job("tsan", "token token_of_narrow_lines", (1,)),
 }
 
 HEAP = r"AddressSanitizer: heap-buffer-overflow"
@@ -120,6 +122,33 @@ PLANTED = {
         "(acc *)(sru_shared + a.every * before) + threadIdx.x * width",
         "(acc *)(sru_shared + a.every * before)",
         RACE,
+    ),
+    "read a line beyond the weight": Job(
+        "asan",
+        "token",
+        (0,),
+        "(lane < lines % 32)",
+        "1",
+        r"AddressSanitizer: (use-after-poison|heap-buffer-overflow)",
+        "gpu_decode.h",
+    ),
+    "let a warp without a channel write": Job(
+        "asan",
+        "token",
+        (0,),
+        "channel < Plan::d ? channel : Plan::d - 1",
+        "channel",
+        HEAP,
+        "gpu_decode.h",
+    ),
+    "multiply before x is there": Job(
+        "tsan",
+        "token",
+        (1,),
+        "    __syncthreads();\n",
+        "",
+        RACE,
+        "gpu_decode.h",
     ),
     "summarise one chunk too many": Job(
         "asan",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sru_rt import choose, chunks, costs, launch_gpu, machine, predict, shared_memory, traffic
+from sru_rt import choose, chunks, costs, decode, launch_gpu, machine, predict, shared_memory, traffic
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import state_dtype
 from sru_rt.machine import Device, Machine
@@ -105,6 +105,35 @@ def test_a_kernel_whose_blocks_look_ahead():
     assert few.fill + few.launch == pytest.approx(BEFORE)
     assert ahead(32_000, 64, {"reads": 6}, {"reads": 1}, **alone).in_flight == pytest.approx(10 * 11e-6)
     assert ahead(32_000, 64, {"reads": 6}, {"again": 6}, **alone).in_flight == pytest.approx(10 * 11e-6)
+
+
+def test_a_kernel_that_forms_u_of_a_token():
+    """A launch and one latency, then bytes: from memory, or from the cache if it has the weight."""
+    one = predict.Token(lines=128, depth=4, gates=3, line=16, x=2048, threads=128, instructions=100, chain=500)
+    channels, weight = 4000, 4000 * 3 * 128 * 16
+    before = 1e-6 + ROUND.launch
+    found = predict.token(ROUND, one, channels, in_cache=False)
+    assert found.best == pytest.approx(weight / ROUND.bandwidth + before) and found.bound == "memory"
+    near = predict.token(ROUND, one, channels, in_cache=True)
+    assert near.memory == 0 and near.best == pytest.approx(near.cache + before)
+    assert near.cache == found.cache == pytest.approx((weight + 1000 * 2048) / ROUND.cache_bandwidth)
+    alone = predict.token(ROUND, one, 4, in_cache=True)  # of one block, whose multiprocessor takes only so much
+    assert alone.cache == pytest.approx((weight / 1000 + 2048) / ROUND.port_bandwidth)
+    # Ten blocks of a multiprocessor are ten warps of a scheduler, of four lines a row each.
+    assert found.issue == pytest.approx(10 * 4 * 100 / ROUND.clock)
+    assert found.chain == pytest.approx(500 / ROUND.clock)
+    rings = [predict.token(ROUND, one._replace(depth=n), channels, False).in_flight for n in (4, 3, 2, 1)]
+    assert rings == pytest.approx([0, 1e-6, 1e-6, 3e-6])
+
+
+def test_what_a_token_takes():
+    """A product of each element of the weight with each sequence; in 16 bits, conversions of both."""
+    variant = Variant(CELLS["sru_projected"], "bfloat16", "float32")
+    taken = [costs.token(variant, B, 1024, decode.Reads(16, 4)) for B in (1, 2)]
+    assert taken[0].lines == 128 and (taken[0].gates, taken[0].x) == (4, 2048)
+    assert taken[1].instructions - taken[0].instructions == 8 * (4 + 1) + 1
+    single = costs.token(Variant(CELLS["sru_projected"], "float32", "float32"), 1, 1024, decode.Reads(16, 4))
+    assert single.lines == 256 and single.instructions < taken[0].instructions / 2
 
 
 def test_products():

@@ -270,7 +270,7 @@ def test_the_kernel_text_holds_the_whole_plan():
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
     changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True, warm_up=9)
     changed |= dict(reduce_reads_state=True, saved_in_chunks=True, lookahead=True, in_tile=5, tile_bytes=8)
-    changed |= dict(staged=1, copied=4)
+    changed |= dict(staged=1, copied=4, d_in=96, line=16)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
@@ -294,6 +294,17 @@ def test_override(monkeypatch):
     assert made("bfloat16").width == 2
     monkeypatch.setenv("SRU_RT_PLAN", "")
     assert made() == usual
+
+
+def test_a_token_has_a_warp_for_each_channel(monkeypatch):
+    """Its batch size is compiled in, however many there have been."""
+    for B in range(1, 20):
+        found = made("bfloat16", (1, B, 2, 1023), d_in=1000)
+        assert (found.decodes, found.B, found.d_in) == (True, B, 1000)
+        assert found.grid(B) == (256, 2, 1)
+    monkeypatch.setenv("SRU_RT_PLAN", "depth=7,threads=96,width=2")
+    other = made("bfloat16", (1, 19, 2, 1023), d_in=1000)
+    assert other == replace(found, depth=7, threads=96) and other.grid(19) == (341, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -335,6 +335,57 @@ def test_on_a_gpu(case, time_parallel, place, device, monkeypatch):
         kernels = {kernel for kernel, _, _ in fake_cupy.record.launches}
         assert {stream for _, _, stream in fake_cupy.record.launches} == {_STREAM}
         assert ("clear" in kernels) == time_parallel
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("skip", ["auto", True])
+@poisoned
+def test_a_token_on_a_gpu(skip, place, device):
+    """Without a gradient a kernel forms U; a product does, of a weight that is no matrix of rows, or with a mask."""
+    rng, launches = np.random.default_rng(0), fake_cupy.record.launches
+    params = sru_rt.sru_init(6, 6, rng=0, dtype="float64", project_skip=skip)
+    given = {"x": rng.normal(size=(1, 3, 6)), **params, "c0": rng.normal(size=(1, 3, 6))}
+    tensors = {n: device(torch.tensor(a)) if isinstance(a, np.ndarray) else a for n, a in given.items()}
+    wanted = sru_rt.sru_forward(**given)
+    flags = {"mask": device(torch.zeros(1, 3, dtype=torch.bool))}
+    shifted = device(torch.zeros(19, dtype=torch.float64))[1:].view(1, 3, 6)  # at no multiple of 16 bytes
+    shifted.copy_(tensors["x"])
+    other = {"weight": device(tensors["weight"].transpose(2, 3).contiguous().transpose(2, 3))}
+    with noted_products() as products:
+        for change, n in (({}, 0), (flags, 1), (other, 1), ({"x": shifted}, 0), ({}, 0)):
+            before, count = len(launches), len(products)
+            found = sru_rt.sru_forward(**tensors | change)
+            assert len(products) - count == n
+            assert place.name == "gpu" or len(launches) - before == 1
+            for one, of_arrays in zip(found, wanted):
+                torch.testing.assert_close(one.cpu(), torch.tensor(of_arrays), rtol=1e-12, atol=1e-13)
+        x = tensors["x"].requires_grad_()
+        sru_rt.sru_forward(**tensors)[0].sum().backward()
+        assert x.grad is not None and len(products) > 2
+
+
+@pytest.mark.kernels
+@poisoned
+def test_steps_of_modules_on_a_gpu(device):
+    """Those whose weights are matrices of rows have no products without a gradient."""
+    x = device(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
+    for module in (binding.MinGRU(6, 6), binding.QRNN(6, 5), binding.MinLSTM(6, 7)):
+        module = module.to(x.device)
+        with noted_products() as products, torch.no_grad():
+            found = module.step(x)
+        assert not products
+        wanted = module.step(x)  # which records
+        for one, other in zip(found, wanted):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def noted_products():
+    """Notes down the products of eager layers while it is entered."""
+    found, really = [], torch.mm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", lambda *a, **k: found.append(a) or really(*a, **k))
+        yield found
 
 
 @pytest.mark.kernels

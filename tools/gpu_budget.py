@@ -62,6 +62,8 @@ GUESSED = {
 # The small kernels before and behind these, and a forward of one step: as a whole, as no loop makes their time.
 SMALL = {
     "forward, one step": (True, 0, "forward"),
+    "forward, product and step of a token": (True, 0, "forward"),
+    "forward, product and step of 8 tokens": (True, 0, "forward"),
     "backward, sums over sequences": (False, 1, "sum_partials"),
     "forward, words of chunks": (True, 1, "clear"),
     "backward, sums over chunks": (False, 1, "sum_chunks"),
@@ -69,6 +71,7 @@ SMALL = {
 USUAL = (2048, 16, 1, 1024)  # L, B, D, d
 FEW = (65536, 1, 1, 1024)
 ONE = (1, 16, 1, 1024)
+TOKENS = {"of a token": (1, 1, 1, 1024), "of 8 tokens": (1, 8, 1, 1024)}  # by the ends of names
 _COMPILE_SECONDS = 0.3  # that a kernel may take; printed alone, as machines differ
 
 
@@ -109,7 +112,8 @@ class Entry:
         """What the library makes of it. The plan is that of an array whose batch size has its own kernel."""
         forward, every = self.kept
         variant = Variant(_cells()[self.cell], self.dtype, state_dtype(self.dtype))
-        arguments = nvrtc.arguments(variant.cell, self.dtype, self.sizes, forward=forward, every=every)
+        d_in = self.sizes[3] if "product" in self.which else 0
+        arguments = nvrtc.arguments(variant.cell, self.dtype, self.sizes, forward=forward, every=every, d_in=d_in)
         if self.chunk:
             arguments = arguments._replace(given=arguments.given._replace(chunk=self.chunk, carry=1 << 20))
         device = machine.Device(self.arch, machine.USUAL_MULTIPROCESSORS[self.arch])
@@ -157,6 +161,7 @@ def entries() -> list[Entry]:
             found.append(Entry(cell, dtype, which, FEW))
     for dtype, which in itertools.product(both, SMALL):
         sizes = FEW if "chunk" in which else ONE if "step" in which else USUAL
+        sizes = next((found for end, found in TOKENS.items() if which.endswith(end)), sizes)
         found.append(Entry("sru_no_v" if "chunk" in which else first, dtype, which, sizes))
     return found
 

@@ -27,6 +27,7 @@ class _Plan(NamedTuple):
     recurrence: native.Plan
     shape: tuple[int, ...]  # of U
     highway: int | None  # the place of x among the operands beside U
+    decodes: bool  # whether the kernel forms U: that of one token, without a gradient
 
 
 def layer(call: Call, x: Tensor, factor: Tensor, others: Operands) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,11 @@ def layer(call: Call, x: Tensor, factor: Tensor, others: Operands) -> tuple[Tens
         plan = native.known(key) or native.remember(key, _make(call, x, factor, others, highway))
     if call.keep:
         return _apply(call, plan, x, factor, *others)
-    h, last, *_ = _forward(call, plan, x, factor, others)
+    if plan.decodes:
+        o = (x, *_with_x(x, factor.shape, others, plan.highway))
+        h, last, _ = native.forward(plan.recurrence, call.constants, o, factor)
+    else:
+        h, last, *_ = _forward(call, plan, x, factor, others)
     return h, last
 
 
@@ -62,7 +67,9 @@ def _converted(call: Call, x: Tensor, factor: Tensor, others: Operands, highway:
 def _make(call: Call, x: Tensor, factor: Tensor, others: Operands, highway: int | None) -> _Plan:
     shape = (*x.shape[:2], *factor.shape[:3])
     o = (x.new_empty(shape), *_with_x(x, factor.shape, others, highway))
-    return _Plan(native.forward_plan(call, o) or native.make_forward_plan(call, o), shape, highway)
+    if not call.keep and native.decodes(factor, o):
+        return _Plan(native.token_plan(call, o, factor.shape[3]), shape, highway, decodes=True)
+    return _Plan(native.forward_plan(call, o) or native.make_forward_plan(call, o), shape, highway, decodes=False)
 
 
 def _with_x(x: Tensor, of_factor: Sequence[int], others: Operands, highway: int | None) -> Operands:

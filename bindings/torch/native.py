@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import compile_cpu, memory, passes, settings, spec
+from ... import compile_cpu, launch, memory, passes, settings, spec
 from ...cell import Cell
 from ...dtypes import IO_DTYPES, name_of
 from ...errors import ArgumentError, CompileError, LibraryError
@@ -143,10 +143,27 @@ def make_forward_plan(call: Call, o: Operands) -> Plan:
     return remember((call.plan, layout(*o)), _plan(_passes(call, o).forward(), o[0]))
 
 
-def forward(plan: Plan, constants: Sequence[float], o: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are."""
+def decodes(factor: Tensor, o: Operands) -> bool:
+    """Whether a kernel forms U of operands from one token x and a weight (D, k, d, n): see `sru_rt.decode`."""
+    (L, B, D, _, d), flags = o[0].shape, o[2:ARRAYS]
+    plain = factor.is_contiguous() and all(flag is None for flag in flags)
+    return plain and launch.decodes(name_of(o[0].dtype), (L, B, D, d), factor.shape[3], str(_gpu(o[0]) or "cpu"))
+
+
+def token_plan(call: Call, o: Operands, n: int) -> Plan:
+    """The plan for operands of which the kernel forms U, from x (1, B, n) and a weight."""
+    return _plan(_passes(call, o).forward(n), o[0])
+
+
+def forward(
+    plan: Plan, constants: Sequence[float], o: Operands, *weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """h (L, B, D*d), the last states, and the states that are kept for the backward, if any are.
+
+    Beside a weight, x is in the place of U: see `token_plan`.
+    """
     h, last, saved, *_ = made = _allocate(plan.results)
-    plan.run(constants, [*o, *made])
+    plan.run(constants, [*o, *made, *weight])
     return h, last, saved
 
 

@@ -29,6 +29,7 @@ struct Fields {
   void add(const ForwardArguments<Cell> &f) {
     add(f.given);
     add(f.h), add(f.c_last, Cell::n_state), add(f.saved, Cell::n_state);
+    add(f.x), add(f.weight), add(f.d_in);
   }
   template <class Cell>
   void add(const BackwardArguments<Cell> &f) {

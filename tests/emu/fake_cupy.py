@@ -375,6 +375,10 @@ def concatenate(tup: Any, axis: int = 0) -> ndarray:
     return ndarray._of(_own(np.concatenate([a._host for a in tup], axis)))
 
 
+def moveaxis(a: ndarray, source: int, destination: int) -> ndarray:
+    return a._view(np.moveaxis(a._memory, source, destination))
+
+
 def may_share_memory(a: ndarray, b: ndarray, max_work: Any = None) -> bool:
     return a._device == b._device and np.may_share_memory(a._memory, b._memory)
 
@@ -681,6 +685,7 @@ cupy = _module(
     empty,
     from_dlpack,
     may_share_memory,
+    moveaxis,
     ndarray,
     where,
     zeros,

@@ -25,6 +25,14 @@ EMU_ONCE(float4)
 EMU_ONCE(double2)
 #undef EMU_ONCE
 
+#define EMU_NOW(T) \
+  SRU_PTX T load_now(const T *p, EMU_SITE) { return __ldg(p, site); }
+EMU_NOW(unsigned short)
+EMU_NOW(unsigned int)
+EMU_NOW(uint2)
+EMU_NOW(uint4)
+#undef EMU_NOW
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Flags between blocks
 
