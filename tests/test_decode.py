@@ -18,6 +18,8 @@ from sru_rt import decode, on_cupy, repeat
 from sru_rt.errors import ArgumentError, ShapeError
 from test_repeat import same_bits, two_states
 
+pytestmark = pytest.mark.kernels
+
 OPTIONS: dict[str, dict[str, Any]] = {"sru": {}, "qrnn": {"highway": True}, "mingru": {}, "minlstm": {}}
 MANY = decode.MOST + 1
 

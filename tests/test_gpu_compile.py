@@ -197,10 +197,11 @@ TOKENS = ((1, 1, 1024, 1024), (8, 1, 1024, 1024), (5, 2, 13, 333), (8, 2, 64, 30
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("major", RELEASES)
 def test_kernels_of_a_token_compile_and_nothing_spills(major, arch):
-    faults = []
+    """The combinations are shared out among the architectures; by the other release, one of five of them."""
+    faults, among = [], len(ARCHS) * (1 if major == 12 else 5)
     rows = itertools.product(CELLS.values(), IO_DTYPES, TOKENS)
     for i, (cell, dtype, (B, D, d, d_in)) in enumerate(rows):
-        if (i + ARCHS.index(arch)) % len(ARCHS) or not decode.fits(dtype, (1, B, D, d), d_in):
+        if (i + ARCHS.index(arch)) % among or not decode.fits(dtype, (1, B, D, d), d_in):
             continue
         variant = Variant(cell, dtype, state_dtype(dtype))
         arguments = nvrtc.arguments(cell, dtype, (1, B, D, d), d_in=d_in)
