@@ -402,9 +402,10 @@ def test_the_command(tmp_path: Path) -> None:
     found = report.read(tmp_path / "result.json")
     assert {row["part"] for row in found["rows"]} == {"scan", "layers", "train"}
     assert all(row["fault"].startswith("left out: ") or row["median_ms"] > 0 for row in found["rows"])
-    installed = [one.name for one in contestants.ALL if not one.missing("cpu")]
+    elsewhere = {"sru_rt without out=", "clone() of a tensor", "empty custom call of JAX"}  # in the part overhead
+    installed = {one.name for one in contestants.ALL if not one.missing("cpu")}
     timed = {row["who"] for row in found["rows"] if not row["fault"]}
-    assert timed >= {name for name in installed if name not in ("clone() of a tensor", "empty custom call of JAX")}
+    assert timed >= installed - elsewhere
     before = (tmp_path / "result.json").read_text()
     run(*chosen, "--resume", "result.json")
     assert report.read(tmp_path / "result.json")["rows"] == json.loads(before)["rows"]
