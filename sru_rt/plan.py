@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import abi, decode, settings, shared_memory
+from . import abi, decode, layout, settings, shared_memory
 from .choose import THREADS, Task, choose, load, shoots, warm_up
-from .dtypes import state_dtype
-from .errors import ArgumentError, LibraryError
+from .errors import ArgumentError
 from .machine import Device
 from .shared_memory import (
     shared_channels,
@@ -111,9 +110,9 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     given = arguments.given
     if isinstance(arguments, abi.Forward) and arguments.d_in:
         return _decoding(variant, arguments)
-    _check_layout(variant, arguments)
+    layout.check(variant, arguments)
     key = _static(variant, arguments)
-    pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and _takes_pairs(variant, arguments)
+    pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and layout.takes_pairs(variant, arguments)
     task = Task(
         variant,
         key.forward,
@@ -206,33 +205,6 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     )
 
 
-def _check_layout(variant: Variant, arguments: abi.Forward | abi.Backward) -> None:
-    given = arguments.given
-    sets = [given.gates] + ([arguments.dgates] if isinstance(arguments, abi.Backward) else [])
-    for slots in sets:
-        step = given.d * ITEMSIZE[variant.dtype]
-        first = slots[0]
-        if first.pointer and any(s.pointer != first.pointer + i * step for i, s in enumerate(slots)):
-            raise LibraryError(
-                f"sru_rt: the gates of {variant.cell.name} must lie together as in U, (L, B, D, k, d), on a GPU; copy "
-                "them into one array"
-            )
-    row = given.gates[0].stride
-    strides = [(slot, row) for slots in sets for slot in slots]
-    if isinstance(arguments, abi.Backward):
-        strides += [(slot, other.stride) for slot, other in zip(arguments.dinputs, given.inputs)]
-    if any(slot.pointer and slot.stride != needed for slot, needed in strides):
-        raise LibraryError(
-            f"sru_rt: on a GPU the gates of {variant.cell.name} must have the same distance from row to row, and so "
-            "must gradients and what they are the gradients of; copy them"
-        )
-    if given.L >= 1 << 31 or given.B * given.d >= 1 << 36:
-        raise LibraryError(
-            f"sru_rt: a recurrence on a GPU takes L < 2^31 and B*d < 2^36 (got L = {given.L}, B = {given.B}, d = "
-            f"{given.d}); cut it into pieces, handing c_last on as c0"
-        )
-
-
 _batches: dict[tuple[Variant, Plan, Device], set[int]] = {}
 
 
@@ -242,25 +214,6 @@ def _has_own_kernel(variant: Variant, key: Plan, device: Device, B: int) -> bool
     if B not in seen and len(seen) < MAX_BATCHES:
         seen.add(B)
     return B in seen
-
-
-def _takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> bool:
-    """Whether all arrays over time lie such that two channels can be read at once."""
-    given = arguments.given
-    item, state = ITEMSIZE[variant.dtype], ITEMSIZE[state_dtype(variant.dtype)]
-    places = [(slot.pointer, item) for slot in given.gates]
-    places += [(pointer, ITEMSIZE[variant.saved_dtype]) for pointer in arguments.saved] + [(given.carry, state)]
-    inputs = [given.inputs]
-    if isinstance(arguments, abi.Backward):
-        places += [(slot.pointer, item) for slot in arguments.dgates]
-        places += [(arguments.dh, item), *((pointer, state) for pointer in arguments.states)]
-        inputs.append(arguments.dinputs)
-    else:
-        places.append((arguments.h, item))
-    for slots in inputs:
-        places += [(slot.pointer, state if variant.wide >> i & 1 else item) for i, slot in enumerate(slots)]
-    strides = [given.d, *(slot.stride for slots in inputs for slot in slots)]
-    return not any(pointer % (2 * size) for pointer, size in places) and not any(stride % 2 for stride in strides)
 
 
 def in_one_kernel(chosen: Mapping[str, int]) -> bool:
@@ -303,7 +256,7 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
         reduce_depth=depth or made.reduce_depth if made.parallel else 1,
         threads=chosen.get("threads", made.threads),
     )
-    if made.width > 1 and not _takes_pairs(variant, arguments):
+    if made.width > 1 and not layout.takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every, chunk = arguments.given.every, arguments.given.chunk
     if made.staged and isinstance(arguments, abi.Backward):
@@ -332,17 +285,7 @@ def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
     if made.threads * made.width > staged_channels(variant, arguments.given.every, made.staged):
         return replace(made, staged=0)
     held, item = staged(variant), ITEMSIZE[variant.dtype]
-    by_warps = made.d % (32 * made.width) == 0 and _lie_at_multiples(variant, arguments, 16)
+    by_warps = made.d % (32 * made.width) == 0 and layout.reads_multiples(variant, arguments, 16)
     copied = 16 // item if by_warps else max(made.width, 4 // item)
     row = made.width * sum(held.values())
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied)
-
-
-def _lie_at_multiples(variant: Variant, arguments: abi.Backward, size: int) -> bool:
-    """Whether all rows that a backward reads begin at multiples of `size` bytes."""
-    given, item = arguments.given, ITEMSIZE[variant.dtype]
-    sizes = [ITEMSIZE[state_dtype(variant.dtype)] if variant.wide >> i & 1 else item for i in range(len(given.inputs))]
-    bytes_of = [(slot, item) for slot in given.gates] + [*zip(given.inputs, sizes)]
-    places = [arguments.dh, given.d * item]
-    places += [place for slot, each in bytes_of for place in (slot.pointer, slot.stride * each)]
-    return not any(place % size for place in places)

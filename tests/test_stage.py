@@ -54,6 +54,7 @@ def both_ways(
 SIZES = ((21, 3, 34), (9, 5, 64), (6, 19, 6), (40, 1, 96))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_bits_are_those_of_rows_read_twice(place, cell, dtype, monkeypatch, plans):
@@ -156,6 +157,7 @@ def planted(bug: str, folder: Path) -> Path:
     return copy.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.parametrize("place", ["emulated"], indirect=True)
 def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
