@@ -18,6 +18,7 @@ struct GpuStage {
   typedef GpuTile<Cell, Io, Saved, wide, Plan> Tile;
   typedef typename Sweep::acc acc;
   typedef typename Sweep::real real;
+  typedef typename Sweep::Given Given;
   typedef typename Sweep::Row Row;
   typedef typename Sweep::Part Part;
   typedef typename Sweep::Fixed Fixed;
@@ -125,40 +126,83 @@ struct GpuStage {
   };
 
   // ----------------------------------------------------------------------------------------------------------------
+  // Flags: single bytes, which are the same to all threads of a warp. Each reads those of one step of 32 ahead of time.
+
+  typedef unsigned long long Bits;  // of the steps of a piece, first step first
+
+  struct Flags {
+    bool padded[2], starts_anew[2];
+
+    template <bool reverse>
+    SRU_MEMBER void read(const Given &a, const Part &at, const Span<reverse> &span, const Piece &piece) {
+      const typename Sweep::template Reader<reverse, !reverse> from(a, at, span.time(piece.first));
+      for (int i = 0; i < 2; i++) {
+        const int k = threadIdx.x % 32 + 32 * i;
+        padded[i] = k < piece.steps() && from.padded(k);
+        starts_anew[i] = k < piece.steps() && from.starts_anew(k);
+      }
+    }
+    SRU_FN Bits of_all(const bool *mine) {
+      return __ballot_sync(~0u, mine[0]) | Bits(__ballot_sync(~0u, mine[1])) << 32;
+    }
+  };
+
+  struct Marks {
+    Bits padded, starts_anew;
+
+    SRU_MEMBER explicit Marks(const Flags &flags)
+        : padded(Plan::has_mask ? Flags::of_all(flags.padded) : 0),
+          starts_anew(Plan::has_reset ? Flags::of_all(flags.starts_anew) : 0) {}
+    SRU_MEMBER void put(Row &row, int step) const {
+      row.padded = Plan::has_mask && padded >> step & 1;
+      row.starts_anew = Plan::has_reset && starts_anew >> step & 1;
+    }
+  };
+
+  // ----------------------------------------------------------------------------------------------------------------
   // From shared memory
 
   // Rows of a piece, first row first.
   struct Forwards {
     unsigned char *at;
+    const Marks &marks;
+    int step;
 
     SRU_MEMBER Row read(index_t k) const {
       Row row;
       typename Tile::template Move<false> move = {at - k * step_bytes};
       Tile::visit(row, move);
-      row.padded = row.starts_anew = false;
+      marks.put(row, step + k);
       return row;
     }
-    SRU_MEMBER void advance(index_t k) { at -= k * step_bytes; }
+    SRU_MEMBER void advance(index_t k) {
+      at -= k * step_bytes;
+      step += k;
+    }
   };
 
   // Last row first, with the states before their steps.
   struct Backwards {
     unsigned char *at;
     Scratch from;
+    const Marks &marks;
+    int step;
 
-    SRU_MEMBER Backwards(unsigned char *at, const Scratch &scratch, int steps) : at(at), from(scratch) {
+    SRU_MEMBER Backwards(unsigned char *at, const Scratch &scratch, const Marks &marks, int steps)
+        : at(at), from(scratch), marks(marks), step(steps - 1) {
       for (int i = 0; i < Cell::n_state; i++) from.state[i] += (steps - 1) * from.step;
     }
     SRU_MEMBER BackRow read(index_t k) const {
       BackRow back;
       typename Tile::template Move<false> move = {at + k * step_bytes};
       Tile::visit(back, move);
-      back.row.padded = back.row.starts_anew = false;
+      marks.put(back.row, step - k);
       for (int i = 0; i < Cell::n_state; i++) back.state[i] = load_packed<acc, width>(from.state[i] - k * from.step);
       return back;
     }
     SRU_MEMBER void advance(index_t k) {
       at += k * step_bytes;
+      step -= k;
       for (int i = 0; i < Cell::n_state; i++) from.state[i] -= k * from.step;
     }
   };
@@ -203,19 +247,23 @@ struct GpuStage {
       cp_async_commit();
     }
     typename Sweep::template Pack<Saved> state[Cell::n_state];
+    Flags flags;
     if (pieces[0].steps()) pieces[0].read(f, offset, state);
+    flags.read(f.given, at, span, pieces[0]);
     while (const int steps = pieces[0].steps()) {
       cp_async_wait<buffers - 1>();
       meet();
       typename Sweep::Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
-      sweep<Plan::replay_depth>(Forwards{here + (steps - 1) * step_bytes}, steps, replay, [] {});
+      const Marks marks(flags);
+      sweep<Plan::replay_depth>(Forwards{here + (steps - 1) * step_bytes, marks, 0}, steps, replay, [] {});
 
       pieces[buffers] = all.next();
       if (pieces[1].steps()) pieces[1].read(f, offset, state);
+      flags.read(f.given, at, span, pieces[1]);
       Copies<reverse> copies(f, at, span, pieces[buffers], here);
       work.start(f, at, span.time(pieces[0].last - 1));
-      sweep<Plan::depth>(Backwards(here, scratch, steps), steps, work, [&copies] {
+      sweep<Plan::depth>(Backwards(here, scratch, marks, steps), steps, work, [&copies] {
         meet();
         copies.template some<Plan::depth>();
       });

@@ -168,10 +168,14 @@ struct GpuSweep {
         else
           row.input[i] = load_once_packed<Io, width>((const Io *)input[i] + offset);
       }
-      const index_t step = (upwards ? k : -k) * batch(a);
-      row.padded = Plan::has_mask && mask[step];
-      row.starts_anew = Plan::has_reset && (!reverse || t + (upwards ? k : -k) + 1 < length) && reset[step];
+      row.padded = padded(k);
+      row.starts_anew = starts_anew(k);
       return row;
+    }
+    SRU_MEMBER bool padded(index_t k) const { return Plan::has_mask && mask[(upwards ? k : -k) * batch(a)]; }
+    SRU_MEMBER bool starts_anew(index_t k) const {
+      const index_t step = upwards ? k : -k;
+      return Plan::has_reset && (!reverse || t + step + 1 < length) && reset[step * batch(a)];
     }
     SRU_MEMBER void advance(index_t k) {
       gate += k * rows * Plan::gate_stride;

@@ -124,7 +124,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         in_shared=key.scratch_in_shared,
         one_kernel=in_one_kernel(overrides()),
         tile=tile_steps(given.chunk),
-        most_staged=_most_staged(variant, key, given.L, pairs),
+        most_staged=_most_staged(variant, key, given, pairs),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
@@ -162,11 +162,15 @@ def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> in
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
 
-def _most_staged(variant: Variant, key: Plan, L: int, pairs: bool) -> int:
-    """None where rows cannot be copied to shared memory four bytes at a time; flags are single bytes."""
-    recomputes = not key.forward and key.keep > 1 and not key.parallel and L > 1
+def _most_staged(variant: Variant, key: Plan, given: abi.Given, pairs: bool) -> int:
+    """None where rows cannot be copied to shared memory four bytes at a time.
+
+    Flags are read by warps that lie in one sequence, two for each thread.
+    """
+    recomputes = not key.forward and key.keep > 1 and not key.parallel and given.L > 1
     fits = pairs or ITEMSIZE[variant.dtype] > 2
-    return overrides().get("staged", 2) if recomputes and fits and not (key.has_mask or key.has_reset) else 0
+    flags = not (key.has_mask or key.has_reset) or (key.d % 64 == 0 and given.every <= 64)
+    return overrides().get("staged", 2) if recomputes and fits and flags else 0
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:

@@ -226,9 +226,9 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
     ),
     "staged_by_warps": (
         FULL["minlstm"] | {"dtype": "bfloat16"},
-        (13, 2, 32),
+        (13, 2, 64),
         1,
-        "lengths",
+        "all",
         Way("threads=32,width=1,depth=2", save=5),
     ),
     "staged_by_neighbours": (

@@ -363,8 +363,8 @@ def test_rows_are_staged(dtype, held, row):
         dict(forward=True),
         dict(every=1),
         dict(every=65),  # of which no piece has room
-        dict(mask=True),
-        dict(reset=True),
+        dict(mask=True, sizes=(2048, 16, 1, 1056)),  # pairs of warps lie in two sequences
+        dict(reset=True, every=65, dtype="bfloat16"),
         dict(sizes=(1, *USUAL[1:])),
         dict(chunk=64),
         dict(device=Device(75, 40)),
@@ -389,6 +389,8 @@ def test_where_rows_are_not_staged(other):
         (dict(every=64), 1),
         (dict(device=Device(80, 108)), 2),
         (dict(saved_chunk=64), 2),
+        (dict(mask=True, reset=True), 2),
+        (dict(every=65, dtype="bfloat16"), 1),
         (dict(cell=CELLS["sru_v_per_step_dropout"]), 1),
     ],
 )

@@ -51,7 +51,7 @@ def both_ways(
     return results
 
 
-SIZES = ((21, 3, 34), (9, 5, 64), (6, 19, 6), (40, 1, 96))
+SIZES = ((21, 3, 34), (9, 5, 64), (6, 19, 6), (40, 1, 128))
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ SIZES = ((21, 3, 34), (9, 5, 64), (6, 19, 6), (40, 1, 96))
 def test_the_bits_are_those_of_rows_read_twice(place, cell, dtype, monkeypatch, plans):
     """Of pieces of 2, 3, 32 and 64 steps, which L is no multiple of, by rings that these are no multiple of either."""
     n = list(CELLS).index(cell) + list(DTYPES).index(dtype)
-    size, D, layout = SIZES[n % 4], 1 + n % 2, ("plain", "lengths")[n // 2 % 2]
+    size, D, layout = SIZES[n % 4], 1 + n % 2, ("plain", "all", "lengths", "reset")[n % 4]
     problem = Problem.make(FULL[cell] | {"dtype": dtype}, size, D, layout)
     ways = (2, ""), (32, "depth=3"), (3, "width=2,depth=2,threads=32"), (64, "width=1,threads=32")
     for save, text in ways[n % 2 :: 2]:
@@ -71,11 +71,13 @@ def test_the_bits_are_those_of_rows_read_twice(place, cell, dtype, monkeypatch, 
     judge(problem, results[0, 0])
 
 
+@pytest.mark.parametrize("d", [10, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_flags_are_not_staged(place, layout, monkeypatch, plans):
-    problem = Problem.make(FULL["minlstm"] | {"dtype": "bfloat16"}, (11, 3, 6), 2, layout)
-    both_ways(place, monkeypatch, problem, "", save=4)
-    assert any(made.staged for made in plans) == (layout in ("plain", "lengths"))
+def test_flags_are_read_by_whole_warps(place, layout, d, monkeypatch, plans):
+    """Where these lie in one sequence; else rows are read twice."""
+    problem = Problem.make(FULL["minlstm"] | {"dtype": "bfloat16"}, (11, 3, d), 2, layout)
+    judge(problem, both_ways(place, monkeypatch, problem, "", save=4)[1, 3])
+    assert any(made.staged for made in plans) == (layout in ("plain", "lengths") or d == 64)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_flags_are_not_staged(place, layout, monkeypatch, plans):
 )
 def test_no_order_changes_a_bit(place, width, depth, d, copied, monkeypatch, plans):
     """Nor lengths within a warp, half a warp without channels, and pieces that are shorter or longer than a lap."""
-    problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (22, 5, d), 2, "lengths")
+    problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (22, 5, d), 2, "all" if d == 64 else "lengths")
     both_ways(place, monkeypatch, problem, f"width={width},depth={depth},threads=32", ORDERS, save=1 + depth)
     assert {(made.width, made.copied) for made in plans if made.staged} == {(width, copied)}
 
@@ -143,6 +145,9 @@ PLANTED = {
     "copy what is beside the group": ("thread.j += part_of_mine() - number() * width;", ""),
     "copy one row in place of all": ("span.time(piece.last - 1 - row_of_mine())", "span.time(piece.last - 1)"),
     "leave the last rows of a piece out": ("      copies.others();\n", ""),
+    "keep the flags of the piece before": ("flags.read(f.given, at, span, pieces[1]);", ""),
+    "take the flags of the step behind": ("step(steps - 1)", "step(steps)"),
+    "take one flag for all": ("__ballot_sync(~0u, mine[0])", "(mine[0] ? ~0u : 0u)"),
     "keep the state of the piece before": ("if (pieces[1].steps()) pieces[1].read(f, offset, state);", ""),
 }
 
@@ -164,7 +169,8 @@ def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
     monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
     monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
     forget_kernels()
-    for d in (10, 32):  # by neighbours, and by warps
-        problem = random_problem("bfloat16", 23, 2, 1, d)
+    # By warps with flags, and by neighbours and warps without: ballots would have threads wait for others as well.
+    for d, layout in [(64, "all")] if "flag" in bug else [(10, "plain"), (64, "lengths")]:
+        problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (23, 3, d), 1, layout)
         with pytest.raises((RuntimeError, AssertionError), match=r"CUDA_ERROR|differ in"):
             both_ways(place, monkeypatch, problem, "width=1,depth=2,threads=32", ORDERS, save=5)
