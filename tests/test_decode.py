@@ -14,7 +14,7 @@ import sru_rt
 import tolerance
 from emu import fake_cupy
 from problems import CELLS, DTYPES
-from sru_rt import decode, on_cupy, repeat
+from sru_rt import decode, layer, on_cupy, repeat
 from sru_rt.errors import ArgumentError, ShapeError
 from test_repeat import same_bits, two_states
 
@@ -177,7 +177,11 @@ def test_called_repeated_and_prepared(place, cell, monkeypatch):
             call.run()
         counted(place, 0)
         h, kept = place.xp.empty(first[0].shape, first[0].dtype), state.copy()
-        third = step(**given | {"out": (h, state)})
+        step(**given | {"out": (h, state)})
+        state[...] = kept
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", None)  # nothing is checked again
+            third = step(**given | {"out": (h, state)})
         assert third[0].data.ptr == h.data.ptr and third[1].data.ptr == state.data.ptr
         for other in (second, call.results, (h, state)):
             same_bits(place.get(tuple(first)), place.get(tuple(other)))
