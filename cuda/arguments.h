@@ -37,7 +37,7 @@ struct ForwardArguments {
   void *c_last[Cell::n_state];  // (D, B, d)
   void *saved[Cell::n_state];   // (ceil(L/every), B, D, d), in the order in which each direction goes; of chunks of
                                 // time, unless they guess, ceil(chunk/every) rows each
-  const void *x, *weight;       // of one token whose U the kernel forms, (B, d_in) and (D, k, d, d_in); else null
+  const void *x, *weight;       // (L, B, d_in) and (D, k, d, d_in) where the kernel forms U; else null
   index_t d_in;
 };
 

@@ -42,6 +42,10 @@ struct GpuSweep {
       length = a.L;
       if (a.lengths && !idle) length = clamp(a.lengths[b], 0, a.L);
     }
+    // One channel of one sequence.
+    SRU_MEMBER Part(const Given &a, index_t b, index_t j) : b(b), j(j), length(a.L), idle(j >= Plan::d) {
+      if (a.lengths) length = clamp(a.lengths[b], 0, a.L);
+    }
     SRU_MEMBER index_t row(int q) const { return b * Plan::D + q; }  // within one step
   };
   SRU_FN index_t clamp(index_t i, index_t low, index_t high) { return i < low ? low : i > high ? high : i; }
@@ -336,7 +340,7 @@ struct GpuSweep {
   template <int depth, bool may_stop = false, Which which = all, bool reverse, class Work, class Around = Plainly>
   SRU_FN void forward_span(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, Work &work,
                            Around around = {}) {
-    const index_t n = span.end - span.begin, rows = batch(f.given) * Plan::D * Plan::d;
+    const index_t n = span.end - span.begin;
     if (reverse) work.keep.skip(work.state, int(span.begin - span.from));
     Reader<reverse, !reverse, which> from(f.given, at, span.time(span.begin));
     auto &&taker = around(work);
@@ -347,6 +351,11 @@ struct GpuSweep {
       work.keep.advance(n % depth);  // of the last lap
       work.keep.skip(work.state, int(span.to - span.end));
     }
+    write_padding(f, at, span);
+  }
+  template <bool reverse>
+  SRU_FN void write_padding(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) {
+    const index_t rows = batch(f.given) * Plan::D * Plan::d;
     Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
     for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
   }

@@ -102,6 +102,11 @@ SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int 
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// A barrier of all threads of a block, which may wait at different lines, as those of one warp may.
+
+SRU_PTX void meet() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
+// ------------------------------------------------------------------------------------------------------------------
 // Copies from global to shared memory that a thread starts and need not wait for, from sm_80 on. Addresses are
 // multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
 // the thread's groups but the last few.
@@ -122,6 +127,25 @@ template <int groups_to_leave>
 SRU_PTX void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_to_leave) : "memory");
 }
+
+// ------------------------------------------------------------------------------------------------------------------
+// Products of 16-bit numbers, from sm_80 on: sum += A B for A of 16 rows and 16 columns and B of 16 rows and 8 columns,
+// by a warp, each of whose lanes has parts of all three. With g = lane / 4 and c = lane % 4, a pair of numbers stands
+// at the columns 2*c and 2*c + 1 of A, or at these rows of B, or 8 further on. They are a[0] of row g, a[1] of row
+// g + 8, a[2] of row g and 8 further on, a[3] of row g + 8 and 8 further on; b[0] of column g, b[1] of column g and 8
+// further on. Of the sums, sum[0] and sum[1] are of row g at the columns 2*c and 2*c + 1, sum[2] and sum[3] of row
+// g + 8.
+
+#define SRU_MULTIPLY_ADD(name, type)                                                    \
+  SRU_PTX void name(float *sum, const unsigned int *a, const unsigned int *b) {         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
+  }
+SRU_MULTIPLY_ADD(multiply_add_halves, "f16")
+SRU_MULTIPLY_ADD(multiply_add_bfloats, "bf16")
+#undef SRU_MULTIPLY_ADD
 
 // ------------------------------------------------------------------------------------------------------------------
 // 16-bit formats as bits; rounding is to nearest even. Of a pair, `low` is in the lower half, at the lower address.

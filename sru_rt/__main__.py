@@ -117,8 +117,8 @@ def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=_positive,
         default=[0],
         metavar="N",
-        help="columns of the weight, for steps of few sequences, whose kernels form U (with --length 1 --save no; "
-        "default: U is given)",
+        help="columns of the weight, for steps of few sequences (with --length 1 --save no) and for small layers (with "
+        "--save no), whose kernels form U (default: U is given)",
     )
     add("--mask", action="store_true", help="calls with mask=")
     add("--reset", action="store_true", help="calls with reset=")

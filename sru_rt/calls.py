@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import abi, choose, chunks, decode
+from . import abi, choose, chunks, decode, one_launch
 from .cell import Array, Cell
 from .dtypes import state_dtype
 from .machine import Device
@@ -40,7 +40,7 @@ class Call:
     wants_x: bool = True  # the gradient of x
     L: int = MANY
     time_parallel: bool | str = "auto"
-    d_in: int = 0  # of a step's weight, 0 where U is given
+    d_in: int = 0  # of the weight of a step or of a small layer, 0 where U is given
 
     @property
     def variant(self) -> Variant:
@@ -60,19 +60,30 @@ class Call:
 
     def plans(self, which: str, B: int, device: Device) -> list[Plan]:
         """The plans of one batch size: where there are `MANY` steps, also those of calls with few."""
-        return list(dict.fromkeys(self.plan(which, B, device, cut) for cut in self._cuts(B, device)))
+        plans = [self.plan(which, B, device, cut) for cut in self._cuts(B, device)]
+        return list(dict.fromkeys([*plans, *self._of_small_layer(device)]))
 
     def general_plans(self, which: str, device: Device) -> list[Plan]:
         """The plans, for any batch size each, of which one fits every call: the load is all that they depend on.
 
-        Kernels that form U themselves have a batch size each.
+        Kernels that form U of one token have a batch size each.
         """
         if self.d_in:
             own = [self.plan(which, B, device) for B in range(1, decode.MOST + 1)]
-            return [*(p for p in own if p.decodes), *replace(self, d_in=0).general_plans(which, device)]
+            given = replace(self, d_in=0).general_plans(which, device)
+            return [*(p for p in own if p.decodes), *self._of_small_layer(device), *given]
         sizes = [*choose.batches(self.D * self.d, device)]
         cuts = dict.fromkeys(cut for B in sizes for cut in self._cuts(B, device))
         return list(dict.fromkeys(replace(self.plan(which, B, device, cut), B=0) for cut in cuts for B in sizes))
+
+    def _of_small_layer(self, device: Device) -> list[Plan]:
+        """The plan that forms U of sequences, which is one for all batch sizes, if there is one: some calls take it."""
+        if self.every or not one_launch.possible(self.variant, self.d, self.d_in, self.time_parallel, device):
+            return []
+        f = replace(self, d_in=0)._forward(decode.MOST + 1)  # too many for a kernel of one token
+        given = f.given._replace(gates=[abi.NOT_WANTED] * len(self.cell.gates))
+        f = f._replace(given=given, x=_ADDRESS, weight=_ADDRESS, d_in=self.d_in)
+        return [plan(self.variant, f, device)]
 
     def _cut(self, B: int, device: Device) -> tuple[int, int]:
         sizes = self.L, B, self.D, self.d

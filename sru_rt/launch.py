@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import abi, chunks, compile_cpu, decode, launch_gpu, numpy_sweep, plan, settings
+from . import abi, chunks, compile_cpu, decode, launch_gpu, numpy_sweep, one_launch, plan, settings
 from .errors import CompileError, LibraryError
 from .log import warn_once
 from .variant import Variant
@@ -122,6 +122,25 @@ def chunk(
     if kind != "cuda":
         return 0
     return chunks.length(variant, sizes, forward, time_parallel, launch_gpu.device_facts(int(number or 0)))
+
+
+def in_one_launch(
+    variant: Variant,
+    sizes: tuple[int, int, int, int],
+    d_in: int,
+    chunk: int,
+    time_parallel: bool | str,
+    device: str = "cpu",
+) -> bool:
+    """Whether a forward of `sizes` L, B, D, d that keeps nothing is to form U from x and its weight itself.
+
+    It has no `gates` then, and is not cut into chunks; if not, it is into those of `chunk` steps.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return False
+    facts = launch_gpu.device_facts(int(number or 0))
+    return one_launch.taken(variant, sizes, d_in, chunk, time_parallel, facts)
 
 
 def _tasks(given: abi.Given, threads: Threads | None = None) -> int:

@@ -16,7 +16,7 @@ from .inputs import Input
 from .library import NDArray
 from .options import Options, each_state, memory_policy, outputs, saved_dtype
 from .projection import Projection
-from .recurrence import Operands, Token
+from .recurrence import Operands, Product
 from .saved import Saved
 
 
@@ -56,14 +56,10 @@ def forward(
     read = [*arrays.values(), *factors, lengths, mask, reset, projected.x if projected else None]
     h, c_last = outputs(check, options.out, dtype, c0, read)
 
-    projection = token = None
+    projection = None
     if projected:
         x, *own = (library.contiguous(a, to_numpy(dtype)) for a in (projected.x, *factors))
         projection = Projection(library, x, tuple(own), projected.window, lengths, mask, reset)
-        token = _token(projection, options, dtype)
-    if projection and not token:
-        shared = options.in_workspace and not replay.is_recording()  # with other calls
-        arrays["u"] = projection.u(library.workspace if shared else library.empty)
     declared = {a.name: a for a in cell.arrays}
     operands = Operands(
         cell=cell,
@@ -76,8 +72,10 @@ def forward(
         reset=reset,
         library=library,
         time_parallel=options.time_parallel,
-        token=token,
+        product=Product(projection.x, projection.factors[0]) if projection else None,
     )
+    if projection:
+        operands = _settled(operands, projection, every, options)
     made = recurrence.prepared_forward(
         operands, every, kept_dtype, None if h is None else h.reshape(L, B, D, d), c_last
     )
@@ -94,13 +92,22 @@ def forward(
     return (*result, saved) if saved else result
 
 
-def _token(projection: Projection, options: Options, dtype: str) -> Token | None:
-    """What a kernel forms U from; None where a product forms it."""
-    (L, B, d_in), (D, _, d, _) = projection.x.shape, projection.factors[0].shape
-    whole = options.in_workspace and len(projection.factors) == 1 and projection.window == 1
-    if not (whole and launch.decodes(dtype, (L, B, D, d), d_in, projection.library.device)):
-        return None
-    return Token(projection.x[0], projection.factors[0])
+def _settled(operands: Operands, projection: Projection, every: int, options: Options) -> Operands:
+    """The operands themselves if a kernel is to form U, else with U.
+
+    None does if it is to keep states for a backward, which would form U with sums in another order.
+    """
+    library, d_in = operands.library, projection.x.shape[2]
+    if not every and projection.is_plain:
+        sizes, device = operands.sizes, library.device
+        if options.in_workspace and launch.decodes(operands.dtype, sizes, d_in, device):
+            return operands
+        variant, chunk = operands.variant(state_dtype(operands.dtype)), operands.chunk or 0
+        if launch.in_one_launch(variant, sizes, d_in, chunk, operands.time_parallel, device):
+            return replace(operands, chunk=0)
+    shared = options.in_workspace and not replay.is_recording()  # with other calls
+    u = projection.u(library.workspace if shared else library.empty)
+    return replace(operands, arrays={**operands.arrays, "u": u}, product=None)
 
 
 def _replayed(
@@ -120,7 +127,7 @@ def _replayed(
     u = None
     if projection and projected:
         pairs += zip((projection.x, *projection.factors), (projected.source, *projected.factors))
-    if operands.token:
+    if operands.product:
         projection = None
     elif projection:
         (name,) = (a.name for a in cell.arrays if a.kind == "gates")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import abi, decode, layout, settings, shared_memory
+from . import abi, decode, layout, settings, shared_memory, small
 from .choose import THREADS, Task, choose, load, shoots, warm_up
 from .errors import ArgumentError
 from .machine import Device
@@ -69,13 +69,18 @@ class Plan:
     tile_bytes: int = 0  # of one step of a thread
     staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
     copied: int = 0  # channels of such a copy
-    d_in: int = 0  # of a kernel that forms U of one token itself; 0: U is given
-    line: int = 0  # bytes of a load of such a kernel
+    d_in: int = 0  # of a kernel that forms U itself; 0: U is given
+    line: int = 0  # bytes of a load of such a kernel of one token
 
     @property
     def decodes(self) -> bool:
-        """Whether the kernel forms U itself: see cuda/gpu_decode.h."""
-        return self.d_in > 0
+        """Whether the kernel forms U of one token itself: see cuda/gpu_decode.h."""
+        return self.line > 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the kernel forms U of sequences itself: see cuda/gpu_small.h."""
+        return self.d_in > 0 and not self.decodes
 
     @property
     def shoots(self) -> bool:
@@ -97,6 +102,8 @@ class Plan:
         """Blocks of the sweep: (channels of all sequences, directions, 1)."""
         if self.decodes:
             return -(-self.d // (self.threads // 32)), self.D, 1
+        if self.is_small:
+            return B, self.D, 1
         return -(-B * (self.d // self.width) // self.threads), self.D, 1
 
 
@@ -109,7 +116,9 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     """
     given = arguments.given
     if isinstance(arguments, abi.Forward) and arguments.d_in:
-        return _decoding(variant, arguments)
+        sizes = given.L, given.B, given.D, given.d
+        decodes = decode.fits(variant.dtype, sizes, arguments.d_in)
+        return _decoding(variant, arguments) if decodes else _of_small_layer(variant, arguments, device)
     layout.check(variant, arguments)
     key = _static(variant, arguments)
     pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and layout.takes_pairs(variant, arguments)
@@ -146,6 +155,27 @@ def _decoding(variant: Variant, arguments: abi.Forward) -> Plan:
         B=f.given.B,
         d_in=f.d_in,
         line=line,
+    )
+
+
+def _of_small_layer(variant: Variant, arguments: abi.Forward, device: Device) -> Plan:
+    """The plan of a kernel that forms U of sequences; one for any batch size."""
+    key, k = _static(variant, arguments), len(variant.cell.gates)
+    block = small.block_of(variant, key.d, arguments.d_in, device.arch)
+    if block is None or key.keep:
+        raise LibraryError(
+            f"sru_rt: no kernel for sm_{device.arch} forms U of {variant.dtype} for {k} gates of d = {key.d} from d_in "
+            f"= {arguments.d_in} itself{', and keeps states' if key.keep else ''}; give it U"
+        )
+    return replace(
+        key,
+        width=1,
+        depth=small.depth(variant, key.has_mask + key.has_reset),
+        replay_depth=1,
+        reduce_depth=1,
+        threads=block.threads,
+        in_tile=(1 << k) - 1,
+        d_in=arguments.d_in,
     )
 
 
@@ -237,13 +267,14 @@ def overrides() -> dict[str, int]:
         "staged": (0, 1, 2),
         "warm_up": range(1, 1 << 31),
         "decode": (0, 1),
+        "small": (0, 1),
     }
     for name, value in chosen.items():
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, decode=0 or 1, separated by "
-                "commas"
+                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, decode=0 or 1, small=0 "
+                "or 1, separated by commas"
             )
     return chosen
 

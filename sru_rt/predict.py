@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .machine import REGISTERS, SCHEDULERS, Machine
 
 _LINES = 2  # latencies before the first step: of what is read once, and of the ring
+_OF_WARPS = 0.6  # of the rate of large products: what instructions of one warp reach, and a block that forms a little
 _LOOKS = 5  # latencies of a block that looks ahead: of its number, of words twice, of summaries, of a publication
 
 
@@ -34,6 +35,16 @@ class Kernel(NamedTuple):
     chain: float = 0  # clocks from the state before a step to the state after it
 
 
+class Own(NamedTuple):
+    """What blocks take that form U of a sequence themselves, while they go over the steps of what they have formed."""
+
+    weight: float  # bytes that a block reads before
+    operations: float  # of a tile of U
+    tile: int  # steps of it
+    rows: int  # steps of what is on its way from memory
+    warps: int  # of a block, of those that go over the steps
+
+
 class Time(NamedTuple):
     """Seconds of a kernel, if nothing but one thing took time; the last three come before or beside the others."""
 
@@ -46,6 +57,7 @@ class Time(NamedTuple):
     refill: float  # of rings, in sweeps that recompute states
     fill: float  # until the first step
     launch: float
+    products: float = 0  # of a kernel that forms U itself
 
     @property
     def best(self) -> float:
@@ -58,7 +70,7 @@ class Time(NamedTuple):
         return self._total(self.issue + self.chain)
 
     def _total(self, arithmetic: float) -> float:
-        steps = max(self.in_flight, arithmetic, self.special) + self.refill
+        steps = max(self.in_flight, arithmetic, self.special, self.products) + self.refill
         return max(self.memory, self.cache, steps) + self.fill + self.launch
 
     @property
@@ -72,6 +84,7 @@ class Time(NamedTuple):
 
     def _bound(self, arithmetic: dict[str, float]) -> str:
         steps = {"loads in flight": self.in_flight, "special functions": self.special, **arithmetic}
+        steps |= {"products": self.products} if self.products else {}
         name = max(steps, key=lambda key: steps[key])
         limits = {"memory": self.memory, "cache": self.cache}
         limits[f"{name} and refills" if self.refill else name] = steps[name] + self.refill
@@ -157,6 +170,36 @@ def token(machine: Machine, kernel: Token, channels: int, in_cache: bool) -> Tim
         refill=0,
         fill=machine.latency,
         launch=machine.launch,
+    )
+
+
+def small_layer(
+    machine: Machine, kernel: Kernel, own: Own, dtype: str, sequences: int, channels: int, steps: float
+) -> Time:
+    """The time of a kernel whose blocks form U themselves (cuda/gpu_small.h), of `channels` of each of `sequences`.
+
+    Both directions of a sequence count as two. Nothing else runs while a block reads its weight and forms the first
+    tile.
+    """
+    k, clock, most = kernel, machine.clock, machine.multiprocessors
+    fullest = -(-sequences // most)
+    waves, elements = -(-fullest // occupancy(machine, k)), sequences * channels * steps
+    at_once = fullest / waves  # blocks of one multiprocessor
+    work = -(-fullest * own.warps // SCHEDULERS) * steps
+    tile = at_once * own.operations * most / (_OF_WARPS * machine.product_rate(dtype))
+    moved = elements * (k.reads + k.writes)
+    weight = own.weight * max(at_once / machine.port_bandwidth, sequences / waves / machine.cache_bandwidth)
+    return Time(
+        memory=(moved + own.weight) / machine.bandwidth,
+        cache=moved / machine.cache_bandwidth,
+        in_flight=waves * steps / own.rows * machine.latency,
+        issue=work * k.instructions / clock,
+        special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
+        chain=waves * steps * k.chain / clock,
+        refill=0,
+        fill=waves * (_LINES * machine.latency + weight + tile),
+        launch=machine.launch,
+        products=waves * max(0, steps / own.tile - 1) * tile,
     )
 
 

@@ -29,6 +29,11 @@ class Projection:
     mask: NDArray | None = None
     reset: NDArray | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each row of U is one product of a row of x and a weight."""
+        return self.window == 1 and len(self.factors) == 1
+
     def u(self, empty: Callable[..., NDArray] | None = None) -> NDArray:
         """(L, B, D, k, d), in memory that `empty` gives; by default, that of the library."""
         L, B, _ = self.x.shape

@@ -21,22 +21,22 @@ from .variant import Variant
 _STEP_KINDS = ("gates", "inputs")
 
 
-class Token(NamedTuple):
-    """What a kernel forms U of one token from: x (B, d_in) and the weight (D, k, d, d_in)."""
+class Product(NamedTuple):
+    """What a kernel forms U from itself: x (L, B, d_in) and the weight (D, k, d, d_in)."""
 
     x: NDArray
     weight: NDArray
 
     @property
     def shape_of_u(self) -> tuple[int, ...]:
-        return 1, self.x.shape[0], *self.weight.shape[:3]
+        return *self.x.shape[:2], *self.weight.shape[:3]
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
     """What one recurrence is given: C-contiguous arrays of one library in the dtypes that kernels take (see `operand`).
 
-    `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state. With a `token`
+    `arrays` holds the declared arrays but the states, by name; `c0` one array or None for each state. With a `product`
     there is no U. `chunk` are the steps of the forward's chunks of time, 0 where it has none; it need not be given.
     """
 
@@ -51,7 +51,7 @@ class Operands:
     library: Library = NUMPY
     time_parallel: bool | str = "auto"
     chunk: int | None = None
-    token: Token | None = None
+    product: Product | None = None
 
     def __post_init__(self) -> None:
         if self.chunk is None:  # decided once, since the backward must know how the forward went
@@ -60,8 +60,8 @@ class Operands:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """L, B, D, d."""
-        if self.token:
-            L, B, D, _, d = self.token.shape_of_u
+        if self.product:
+            L, B, D, _, d = self.product.shape_of_u
         else:
             u = next(a.name for a in self.cell.arrays if a.kind == "gates")
             L, B, D, _, d = self.arrays[u].shape
@@ -72,7 +72,7 @@ class Operands:
         return to_numpy(state_dtype(self.dtype))
 
     def on(self, arrays: Mapping[str, NDArray], others: Sequence[NDArray | None]) -> Operands:
-        """The same recurrence on other arrays of these layouts; `others` are x and weight of a token, the states,
+        """The same recurrence on other arrays of these layouts; `others` are x and weight of a product, the states,
         lengths, mask and reset.
 
         It takes a fifth of the time of `dataclasses.replace`.
@@ -80,9 +80,9 @@ class Operands:
         *c0, lengths, mask, reset = others
         made = object.__new__(Operands)
         made.__dict__.update(self.__dict__, arrays=arrays, c0=c0, lengths=lengths, mask=mask, reset=reset)
-        if self.token:
+        if self.product:
             x, weight, *made.__dict__["c0"] = c0
-            made.__dict__["token"] = Token(x, weight)
+            made.__dict__["product"] = Product(x, weight)
         return made
 
     def _chunk(self, forward: bool) -> int:
@@ -203,9 +203,9 @@ def prepared_forward(
         c_last=[pointer(a) for a in last],
         saved=[pointer(a) for a in saved] or [0] * n_states,
     )
-    if operands.token:
-        x, weight = operands.token
-        arguments = arguments._replace(x=pointer(x), weight=pointer(weight), d_in=x.shape[1])
+    if operands.product:
+        x, weight = operands.product
+        arguments = arguments._replace(x=pointer(x), weight=pointer(weight), d_in=x.shape[2])
     return Prepared(operands.variant(saved_dtype), arguments, h, last, saved, carry)
 
 

@@ -165,7 +165,7 @@ def remember(
         names: what the function calls arrays that the cell declares under other names.
     """
     given, is_token = _asked.given, options.in_workspace
-    projected = None if operands.token else projected
+    projected = None if operands.product else projected
     o = None if _asked.key is None else _positions(names, operands, bool(projected))
     from_x = _projected(projected, operands, o[-3:], is_token) if projected and o else None
     if o is None or (projected and not from_x):
@@ -199,8 +199,8 @@ def _positions(names: Mapping[str, str], operands: Operands, forms_u: bool) -> l
     """
     state, n = names.get(operands.cell.initial, operands.cell.initial), len(operands.c0)
     states = [state] if n == 1 else [f"{state}[{i}]" for i in range(n)]
-    token = ["x", "weight"] if operands.token else []
-    named = [*(names.get(name, name) for name in operands.arrays), *token, *states, "lengths", "mask", "reset"]
+    product = ["x", "weight"] if operands.product else []
+    named = [*(names.get(name, name) for name in operands.arrays), *product, *states, "lengths", "mask", "reset"]
     found: list[int | None] = []
     for name, array in zip(named, spots.of_operands(operands)):
         position = None

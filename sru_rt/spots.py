@@ -37,9 +37,9 @@ def of(array: NDArray | None) -> Spot | None:
 
 
 def of_operands(given: Operands) -> list[Any]:
-    """What is there of operands, arrays or spots, else None: the declared arrays, then x and weight of a token, states,
+    """What is there of operands, arrays or spots, else None: the declared arrays, then those of a product, states,
     lengths, mask, reset."""
-    return [*given.arrays.values(), *(given.token or ()), *given.c0, given.lengths, given.mask, given.reset]
+    return [*given.arrays.values(), *(given.product or ()), *given.c0, given.lengths, given.mask, given.reset]
 
 
 class Spots:

@@ -1,4 +1,5 @@
-"""The GPU's kernels on small matrices: of gpu_places.py, in parallel over time of test_time_parallel.py, and on tokens.
+"""The GPU's kernels on small matrices: of gpu_places.py, in parallel over time of test_time_parallel.py, on tokens, and
+where they form U of sequences of test_small_layers.py.
 
 They run under the emulation, in a process with a sanitizer:
 
@@ -22,6 +23,8 @@ from emu import fake_cupy
 from gpu_places import SMALL, Place, Problem, at, judge, run
 from test_decode import arguments, step_of
 from test_repeat import same_bits
+from test_small_layers import SANITIZED, forward
+from test_small_layers import judge as judge_forward
 from test_time_parallel import CHUNKED
 
 # Whose kernel forms U: more lines than the ring holds, and narrow ones; blocks that are not full.
@@ -29,7 +32,7 @@ TOKENS = {
     "token": ("sru", "bfloat16", (3, 2, 5, 1320)),
     "token_of_narrow_lines": ("minlstm", "float16", (5, 1, 6, 333)),
 }
-CASES = SMALL | CHUNKED | TOKENS
+CASES = SMALL | CHUNKED | TOKENS | SANITIZED
 
 
 def main(names: list[str], orders: list[int], sources: Path | None) -> None:
@@ -45,6 +48,11 @@ def main(names: list[str], orders: list[int], sources: Path | None) -> None:
             os.environ["SRU_RT_EMU_ORDER"] = str(order)
             if name in TOKENS:
                 step(place, name, patch)
+                continue
+            if name in SANITIZED:
+                patch.setenv("SRU_RT_PLAN", "small=1")
+                problem = Problem.make(*SANITIZED[name], layer=True)
+                judge_forward(problem, *forward(place, problem))
                 continue
             *what, way = CASES[name]
             problem = Problem.make(*what)

@@ -227,6 +227,13 @@ def test_options_are_those_of_calls(arguments, given, monkeypatch, nvrtc, new_pr
     assert wanted != plain  # so the option matters
 
 
+def test_small_layers_have_one_kernel_more(nvrtc, new_process):
+    base = "--arch sm_90 --cell sru --dtype float16 --d 32 --save no".split()
+    more = warmed(*base, "--d-in", "32") - warmed(*base)
+    assert [made.d_in for _, made, _ in more] == [32]
+    assert warmed(*base, "--d-in", "32", "--time-parallel", "yes").isdisjoint(more)
+
+
 def test_short_sequences(monkeypatch, nvrtc, new_process):
     """Blocks that recompute fewer states than K have memory for more threads."""
     base = "--arch sm_90 --cell sru --dtype float64 --d 32 --batch 65 --multiprocessors 1 --save 32".split()

@@ -58,6 +58,7 @@ def cupy(monkeypatch):
         monkeypatch.setattr(prepared.Prepared, "run", run_prepared)
         monkeypatch.setattr(recurrence.launch, "needs_scratch", lambda variant, every, device: every > 1)
         monkeypatch.setattr(launch, "decodes", lambda *_: False)  # as no kernel of the CPU does
+        monkeypatch.setattr(launch, "in_one_launch", lambda *_: False)
         yield module
 
 

@@ -9,10 +9,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from emu import bugs, emulator
 from sru_rt import source
@@ -606,6 +609,74 @@ def test_the_emulation_has_all_that_ptx_h_has():
     text = '#include "ptx.h"\nextern "C" __global__ void kernel(void *out) {\n' + "\n".join(lines) + "\n}\n"
     module = emulator.Module(text, [source.cuda_dir()], mode="plain")
     module.get_function("kernel")((1,), (1,), (pointer(np.zeros(64)),))
+
+
+# Rows and columns at which a lane of a warp has its numbers of A (16, 16), B (16, 8) and C (16, 8), with g = lane / 4
+# and m = lane % 4: the fragments of mma.m16n8k16 in the words of the PTX ISA.
+FRAGMENTS: dict[str, Callable[[Any, Any], list[tuple[Any, Any]]]] = {
+    "a": lambda g, m: [(g + 8 * (i in (2, 3, 6, 7)), 2 * m + (i & 1) + 8 * (i >= 4)) for i in range(8)],
+    "b": lambda g, m: [(2 * m + (i & 1) + 8 * (i >= 2), g) for i in range(4)],
+    "c": lambda g, m: [(g + 8 * (i >= 2), 2 * m + (i & 1)) for i in range(4)],
+}
+
+
+def of_lanes(kind: str, matrix: np.ndarray) -> np.ndarray:
+    """(32, numbers of a lane)."""
+    lane = np.arange(32)
+    return np.stack([matrix[at] for at in FRAGMENTS[kind](lane // 4, lane % 4)], 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name, dtype", [("multiply_add_halves", np.float16), ("multiply_add_bfloats", bfloat16)])
+def test_products_of_a_warp(name, dtype, order):
+    """By the documented layout alone: what hardware does is not seen here."""
+    rng = np.random.default_rng(order)
+    a, b, c = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    text = f"""#include "ptx.h"
+extern "C" __global__ void kernel(float *c, const unsigned int *a, const unsigned int *b) {{
+  {name}(c + 4 * threadIdx.x, a + 4 * threadIdx.x, b + 2 * threadIdx.x);
+}}
+"""
+    kernel = emulator.Module(text, [source.cuda_dir()], mode="plain").get_function("kernel")
+    for warps in (1, 3):
+        matrices = {"c": c, "a": a.astype(dtype), "b": b.astype(dtype)}
+        given = {kind: np.tile(of_lanes(kind, matrix), (warps, 1)) for kind, matrix in matrices.items()}
+        kernel((1,), (32 * warps,), tuple(map(pointer, given.values())), order=order)
+        np.testing.assert_array_equal(given["c"], np.tile(of_lanes("c", a @ b + c), (warps, 1)))
+
+
+def test_a_lane_that_stays_away_from_a_product_is_found():
+    text = """#include "ptx.h"
+extern "C" __global__ void kernel(float *out) {
+  float sum[4] = {};
+  const unsigned int a[4] = {}, b[2] = {};
+  if (threadIdx.x != 5) multiply_add_halves(sum, a, b);
+  out[threadIdx.x] = sum[0];
+}
+"""
+    kernel = emulator.Module(text, [source.cuda_dir()], mode="plain").get_function("kernel")
+    with pytest.raises(RuntimeError, match="lane 5"):
+        kernel((1,), (32,), (pointer(np.zeros(32, np.float32)),))
+
+
+def test_a_barrier_at_several_lines():
+    """`meet` takes threads wherever they wait, unlike __syncthreads."""
+    text = """#include "ptx.h"
+extern "C" __global__ void kernel(int *out) {
+  __shared__ int mine[64];
+  mine[threadIdx.x] = threadIdx.x;
+  if (threadIdx.x % 2)
+    meet();
+  else
+    meet();
+  out[threadIdx.x] = mine[63 - threadIdx.x];
+}
+"""
+    kernel = emulator.Module(text, [source.cuda_dir()], mode="plain").get_function("kernel")
+    for order in ORDERS:
+        out = np.zeros(64, np.int32)
+        kernel((1,), (64,), (pointer(out),), order=order)
+        assert out.tolist() == [*range(63, -1, -1)]
 
 
 def converted(expression: str, x: np.ndarray, kind: str, to: str, to_dtype: str) -> np.ndarray:

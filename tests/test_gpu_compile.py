@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from sru_rt import choose, chunks, compile_gpu, decode, machine, plan, source
+from sru_rt import choose, chunks, compile_gpu, decode, machine, plan, small, source
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import IO_DTYPES, state_dtype
 from sru_rt.errors import CacheError, CompileError
@@ -96,6 +96,8 @@ POLICIES = {
     "backward, all, in chunks": (False, lambda K: 1),
     "backward, 1 of K, in chunks": (False, lambda K: K),
 }
+# d at most, d_in and directions of layers of which a kernel forms U itself.
+LAYERS = ((128, 128, 1), (480, 33, 2), (480, 40, 2), (128, 192, 2))
 ARCHS = tuple(machine.USUAL_MULTIPROCESSORS)
 # Kernels that NVRTC takes several seconds for, where others take half of one.
 LONG = ("backward, all, in chunks", "backward, 1 of K, in chunks")
@@ -212,6 +214,27 @@ def test_kernels_of_a_token_compile_and_nothing_spills(major, arch):
         if used.spill_stores or used.spill_loads or used.stack or used.registers > 255 or used.shared > 48 << 10:
             faults.append(f"{cell.name} {dtype} {B, D, d, d_in}: {used}, plan {made}")
         faults += re.findall(r"^.*\bwarning\b.*$", log, re.MULTILINE)
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch >= small.OLDEST])
+@pytest.mark.parametrize("major", RELEASES)
+def test_kernels_that_form_u_compile_and_nothing_spills(major, arch):
+    """The largest that a block holds, and odd ones; cells and their dtypes take turns over architectures."""
+    faults, device = [], machine.Device(arch, machine.USUAL_MULTIPROCESSORS[arch])
+    for i, name in [*enumerate(CELLS)][ARCHS.index(arch) % 5 :: 5]:
+        (d, d_in, D), cell, dtype = LAYERS[i // 2 % 4], CELLS[name], ("float16", "bfloat16")[(i + major) % 2]
+        d = max(n for n in range(1, d + 1) if small.block(len(cell.gates), n, d_in))
+        variant = Variant(cell, dtype, "float32", i % 3 % 2 * ((1 << len(cell.inputs)) - 1))
+        given = nvrtc.arguments(cell, dtype, (32, 32, D, d), mask=D == 2, reset=D == 2, d_in=d_in)
+        made = plan.plan(variant, given, device)
+        log = release(major).compile(compile_gpu.unit(variant, made), (f"-arch=sm_{arch}", *compile_gpu.FLAGS))[1]
+        (used,) = nvrtc.resources(log).values()
+        if used.spill_stores or used.spill_loads or used.stack or "warning" in log:
+            faults.append(f"{name}, d = {d}, d_in = {d_in}: {log}")
+        assert used.shared == small.block(len(cell.gates), d, d_in).shared
+        assert used.registers * made.threads <= 1 << 16
     assert not faults, "\n".join(faults)
 
 

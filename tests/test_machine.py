@@ -136,6 +136,28 @@ def test_what_a_token_takes():
     assert single.lines == 256 and single.instructions < taken[0].instructions / 2
 
 
+@pytest.mark.parametrize(
+    "sequences, chain, waves, expected, bound",
+    [
+        # A microsecond for the weight of 64 KB from the cache, one for the first tile of 6 million operations. Then 160
+        # steps of 100 ns, or the other nine tiles.
+        (10, 100, 1, 16e-6, "chain"),
+        (10, 10, 1, 9e-6, "products"),
+        (100, 100, 1, 16e-6, "chain"),
+        (200, 100, 2, 32e-6, "chain"),  # blocks that there is no room for
+        (101, 10, 2, 18e-6, "products"),
+    ],
+)
+def test_a_kernel_that_forms_u_itself(sequences, chain, waves, expected, bound):
+    kernel = Kernel(0, 0, threads=512, registers=128, chain=chain)
+    own = predict.Own(weight=64_000, operations=6_000_000, tile=16, rows=48, warps=4)
+    found = predict.small_layer(ROUND, kernel, own, "float16", sequences, 128, 160)
+    # All blocks at once are served 2.4 bytes a picosecond of the weights.
+    weight = max(1e-6, sequences / waves * 64_000 / 2.4e12)
+    assert found.best == pytest.approx(waves * (2e-6 + weight + 1e-6) + ROUND.launch + expected)
+    assert found.bound == bound
+
+
 def test_products():
     large = predict.product(ROUND, "bfloat16", 1 << 14, 1 << 12, 1 << 12)
     assert large.best - BEFORE == pytest.approx(2 * 2.0**38 / 1e15) and large.bound == "instructions"

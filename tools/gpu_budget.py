@@ -67,11 +67,13 @@ SMALL = {
     "backward, sums over sequences": (False, 1, "sum_partials"),
     "forward, words of chunks": (True, 1, "clear"),
     "backward, sums over chunks": (False, 1, "sum_chunks"),
+    "forward, product and steps of a layer": (True, 0, "forward"),
 }
 USUAL = (2048, 16, 1, 1024)  # L, B, D, d
 FEW = (65536, 1, 1, 1024)
 ONE = (1, 16, 1, 1024)
 TOKENS = {"of a token": (1, 1, 1, 1024), "of 8 tokens": (1, 8, 1, 1024)}  # by the ends of names
+LAYER = (32, 32, 1, 128)  # with d_in = 128
 _COMPILE_SECONDS = 0.3  # that a kernel may take; printed alone, as machines differ
 
 
@@ -160,9 +162,14 @@ def entries() -> list[Entry]:
         if choose.shoots(_cells()[cell], IN_CHUNKS[which][0]) == (which in GUESSED):
             found.append(Entry(cell, dtype, which, FEW))
     for dtype, which in itertools.product(both, SMALL):
+        if which.endswith("of a layer"):
+            continue
         sizes = FEW if "chunk" in which else ONE if "step" in which else USUAL
         sizes = next((found for end, found in TOKENS.items() if which.endswith(end)), sizes)
         found.append(Entry("sru_no_v" if "chunk" in which else first, dtype, which, sizes))
+    found += [
+        Entry(cell, "bfloat16", "forward, product and steps of a layer", LAYER) for cell in (first, "qrnn", "mingru")
+    ]
     return found
 
 

@@ -55,6 +55,11 @@ SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// A barrier that has no line of its own
+
+SRU_PTX void meet() { emu::barrier({"barrier.sync", 0}, false); }
+
+// ---------------------------------------------------------------------------------------------------------------------
 // 16-bit formats
 
 SRU_PTX float half_to_float(unsigned short h) {
@@ -88,6 +93,40 @@ SRU_PTX unsigned int floats_to_halves(float low, float high) {
 }
 SRU_PTX unsigned int floats_to_bfloats(float low, float high) {
   return float_to_bfloat(low) | (unsigned int)float_to_bfloat(high) << 16;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// mma.sync.m16n8k16: each lane takes the rows of A and columns of B that its four sums need from the lanes that have
+// them.
+
+namespace emu {
+template <class Number>
+void multiply_add(Site site, float *sum, const unsigned int *a, const unsigned int *b, Number number) {
+  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32, pair = lane % 4;
+  float rows[2][16], columns[2][16];
+  const auto unpack = [&](unsigned int bits, float *to) {
+    to[0] = number((unsigned short)bits), to[1] = number((unsigned short)(bits >> 16));
+  };
+  for (int c = 0; c < 4; c++) {
+    const uint4 theirs = shuffle(site, {WarpOp::shuffle, ~0u, lane - pair + c}, uint4{a[0], a[1], a[2], a[3]});
+    unpack(theirs.x, rows[0] + 2 * c), unpack(theirs.y, rows[1] + 2 * c);
+    unpack(theirs.z, rows[0] + 2 * c + 8), unpack(theirs.w, rows[1] + 2 * c + 8);
+  }
+  for (int n = 0; n < 2; n++)
+    for (int c = 0; c < 4; c++) {
+      const uint2 theirs = shuffle(site, {WarpOp::shuffle, ~0u, (2 * pair + n) * 4 + c}, uint2{b[0], b[1]});
+      unpack(theirs.x, columns[n] + 2 * c), unpack(theirs.y, columns[n] + 2 * c + 8);
+    }
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++) sum[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+}  // namespace emu
+
+SRU_PTX void multiply_add_halves(float *sum, const unsigned int *a, const unsigned int *b, EMU_SITE) {
+  emu::multiply_add(site, sum, a, b, half_to_float);
+}
+SRU_PTX void multiply_add_bfloats(float *sum, const unsigned int *a, const unsigned int *b, EMU_SITE) {
+  emu::multiply_add(site, sum, a, b, bfloat_to_float);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
