@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from . import abi, decode, layout, settings, shared_memory, small
 from .choose import THREADS, Task, choose, load, shoots, warm_up
-from .errors import ArgumentError
+from .errors import ArgumentError, LibraryError
 from .machine import Device
 from .shared_memory import (
     shared_channels,
