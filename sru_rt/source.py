@@ -55,8 +55,8 @@ def gpu_kernel(
     flags = "has_mask has_reset wants_gates scratch_in_shared parallel shoots".split()
     flags += "reduce_reads_state saved_in_chunks".split()
     numbers = "width depth replay_depth reduce_depth warm_up threads keep tile_bytes staged copied line".split()
-    ways = {"decode": plan.decodes, "small": plan.is_small, "stage": plan.staged > 0}
-    ways |= {"shoot": plan.shoots, "lookahead": plan.lookahead, "scan": plan.parallel}
+    ways = {"decode": plan.decodes, "small": plan.is_small, "shoot": plan.shoots}
+    ways |= {"lookahead": plan.lookahead, "scan": plan.parallel, "stage": plan.staged > 0}
     way = next((way for way, taken in ways.items() if taken), "")
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"
