@@ -276,6 +276,15 @@ def test_what_overlaps_is_refused_after_what_does_not():
         )
 
 
+def test_a_state_of_another_dtype_is_not_updated_in_place():
+    u, memory = np.ones((5, 3, 1, 2, 8), np.float16), np.zeros(24, np.float32)
+    h0, last = memory.view(np.float16)[:24].reshape(1, 3, 8), memory.reshape(1, 3, 8)
+    sru_rt.mingru_recurrence(u, h0=h0.copy(), out=(None, last))
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=r"out\[1\] overlaps an input"):
+            sru_rt.mingru_recurrence(u, h0=h0, out=(None, last))
+
+
 def test_states_of_two_may_not_change_places():
     rng = np.random.default_rng(0)
     u, params = rng.normal(size=(5, 2, 1, 2, 3)), rng.normal(size=(1, 1, 3))
