@@ -70,7 +70,7 @@ def counted(place, products: int) -> None:
 def both_ways(place, cell: str, given: dict[str, Any], monkeypatch) -> list[Any]:
     """What the kernel gives, and what a product and a step do."""
     arrays, results = place.put(given), []
-    for way, products in (("", 0), ("decode=0", 1)):
+    for way, products in (("", 0), ("decode=0,small=0", 1)):
         monkeypatch.setenv("SRU_RT_PLAN", way)
         fake_cupy.record.clear()
         found = step_of(cell)(**arrays)
