@@ -326,6 +326,12 @@ def test_kernels_that_there_are_not():
         plan.plan(variant, given, H200)
 
 
+def test_the_most_steps():
+    call = calls.Call(NAMED["sru"], "bfloat16", 1, 64, L=2**31)
+    with pytest.raises(LibraryError, match="takes L < 2"):
+        plan.plan(call.variant, call._forward(9)._replace(x=512, weight=512, d_in=64), H200)
+
+
 @pytest.mark.parametrize("d_in, every, expected", [(128, 0, 1), (0, 0, 0), (512, 0, 0), (128, 1, 0)])
 def test_what_warm_compiles(d_in, every, expected):
     """The plan is that of every call, whatever the batch size."""
