@@ -25,11 +25,15 @@ class Reads(NamedTuple):
     depth: int
 
 
-def fits(dtype: str, sizes: tuple[int, int, int, int], d_in: int) -> bool:
-    """Whether a token of `sizes` L, B, D, d goes by one kernel, with a weight (D, k, d, d_in)."""
+def has_kernel(dtype: str, sizes: tuple[int, int, int, int], d_in: int) -> bool:
+    """Whether there is such a kernel for a token of `sizes` L, B, D, d, with a weight (D, k, d, d_in)."""
     L, B, _, d = sizes
-    small = 0 < B <= MOST and d > 0 and 0 < B * d_in * ITEMSIZE[dtype] <= X_BYTES
-    return L == 1 and small and bool(settings.plan().get("decode", 1))
+    return L == 1 and 0 < B <= MOST and d > 0 and 0 < B * d_in * ITEMSIZE[dtype] <= X_BYTES
+
+
+def fits(dtype: str, sizes: tuple[int, int, int, int], d_in: int) -> bool:
+    """Whether such a token goes by it."""
+    return has_kernel(dtype, sizes, d_in) and bool(settings.plan().get("decode", 1))
 
 
 def reads(dtype: str, gates: int, d_in: int, x: int, weight: int) -> Reads:

@@ -28,13 +28,13 @@ def possible(variant: Variant, d: int, d_in: int, time_parallel: bool | str, dev
 def taken(variant: Variant, sizes: Sizes, d_in: int, chunk: int, time_parallel: bool | str, device: Device) -> bool:
     """Whether a forward takes one launch whose recurrence would otherwise be cut into chunks of `chunk` steps, 0: not.
 
-    One step of few sequences has a kernel of its own, where it is a token: see `decode`.
+    One step of few sequences does not: where it is a token it has a kernel of its own, see `decode`.
 
     Raises:
         ArgumentError: SRU_RT_PLAN is not understood.
     """
     block = possible(variant, sizes[3], d_in, time_parallel, device)
-    if block is None or 0 in sizes or decode.fits(variant.dtype, sizes, d_in):
+    if block is None or 0 in sizes or decode.has_kernel(variant.dtype, sizes, d_in):
         return False
     chosen = plan.overrides()
     if "small" in chosen:

@@ -115,11 +115,11 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         ArgumentError: SRU_RT_PLAN is not understood.
     """
     given = arguments.given
+    layout.check(variant, arguments)
     if isinstance(arguments, abi.Forward) and arguments.d_in:
         sizes = given.L, given.B, given.D, given.d
-        decodes = decode.fits(variant.dtype, sizes, arguments.d_in)
+        decodes = decode.has_kernel(variant.dtype, sizes, arguments.d_in)
         return _decoding(variant, arguments) if decodes else _of_small_layer(variant, arguments, device)
-    layout.check(variant, arguments)
     key = _static(variant, arguments)
     pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and layout.takes_pairs(variant, arguments)
     task = Task(

@@ -31,7 +31,7 @@ from test_repeat import _moved, remembered
 HALVES = ("float16", "bfloat16")
 ROWS = [row for row in LAYER_ROWS if row["dtype"] in HALVES and row.get("window", 1) == 1]
 # L, B, d: steps in several tiles of 16, in one and in a part of one; channels in several warps, and in a part of one.
-SIZES = [(37, 2, 33), (5, 3, 7), (16, 1, 64), (1, 2, 1), (100, 1, 16), (33, 2, 8)]
+SIZES = [(37, 2, 33), (5, 3, 7), (16, 1, 64), (1, 9, 1), (100, 1, 16), (33, 2, 8)]
 # A small matrix for sanitizers, which slow kernels down: x that comes by asynchronous copies, and x that does not.
 SANITIZED = {
     "layer": (FULL["sru"] | {"dtype": "bfloat16"}, (35, 2, 40), 1, "all"),
@@ -51,7 +51,7 @@ def no_plans(monkeypatch):
 @pytest.fixture
 def alone(place, monkeypatch):
     """A place where nothing else forms U."""
-    monkeypatch.setenv("SRU_RT_PLAN", "small=1,decode=0")
+    monkeypatch.setenv("SRU_RT_PLAN", "small=1")
     monkeypatch.setattr(on_cupy.CuPy, "_gemm", None)
     return place
 
@@ -111,7 +111,7 @@ def test_the_bits_are_those_of_a_product_and_a_recurrence(place, cell, dtype, mo
     """With every layout and direction, and columns of x that fill pieces of 32 and of 8, and that do not."""
     for size, D, layout in zip(SIZES, itertools.cycle((2, 1)), itertools.cycle(LAYOUTS)):
         problem, results = of_integers(FULL[cell] | {"dtype": dtype}, size, D, layout), []
-        for way in ("small=1,decode=0", "small=0,decode=0"):
+        for way in ("small=1", "small=0"):
             monkeypatch.setenv("SRU_RT_PLAN", way)
             results.append(forward(place, problem, time_parallel=False))
         same_bits(*results)
@@ -127,7 +127,7 @@ def test_columns_of_x(place, d_in, monkeypatch):
     x, weight = rng.integers(-16, 17, (19, 2, d_in)) / 8, rng.integers(-16, 17, (1, 2, 24, d_in)) / 64
     dtype, results = problem.arrays["x"].dtype, []
     problem.arrays |= {"x": x.astype(dtype), "weight": weight.astype(dtype)}
-    for way in ("small=1,decode=0", "small=0,decode=0"):
+    for way in ("small=1", "small=0"):
         monkeypatch.setenv("SRU_RT_PLAN", way)
         results.append(forward(place, problem))
     same_bits(*results)
@@ -185,7 +185,7 @@ def test_a_sequence_does_not_depend_on_the_others(alone):
 def test_no_order_of_threads_changes_a_bit(place, order, monkeypatch):
     monkeypatch.setenv("SRU_RT_EMU_ORDER", str(order))
     problem, results = of_integers(FULL["sru"] | {"dtype": "bfloat16"}, (70, 3, 34), 2, "all"), []
-    for way in ("small=1,decode=0", "small=0,decode=0"):
+    for way in ("small=1", "small=0"):
         monkeypatch.setenv("SRU_RT_PLAN", way)
         results.append(forward(place, problem))
     same_bits(*results)
@@ -195,7 +195,7 @@ def test_no_order_of_threads_changes_a_bit(place, order, monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_token(alone, cell):
     row = FULL[cell] | {"dtype": "bfloat16"} | ({"zoneout": "none"} if cell == "qrnn" else {})
-    problem = Problem.make(row, (1, 3, 16), 1, "plain", layer=True, state=True)
+    problem = Problem.make(row, (1, 9, 16), 1, "plain", layer=True, state=True)
     state = problem.cell.state
     given = {k: v for k, v in problem.given.items() if k not in ("x", f"{state}0")}
     x, c = problem.arrays["x"][0], problem.arrays[f"{state}0"]
@@ -324,6 +324,12 @@ def test_kernels_that_there_are_not():
     given = calls.Call(NAMED["sru"], "float32", 1, 128)._forward(2)._replace(x=512, weight=512, d_in=128)
     with pytest.raises(LibraryError, match=r"no kernel for sm_90 forms U of float32 .* give it U"):
         plan.plan(variant, given, H200)
+
+
+def test_the_most_steps():
+    call = calls.Call(NAMED["sru"], "bfloat16", 1, 64, L=2**31)
+    with pytest.raises(LibraryError, match="takes L < 2"):
+        plan.plan(call.variant, call._forward(9)._replace(x=512, weight=512, d_in=64), H200)
 
 
 @pytest.mark.parametrize("d_in, every, expected", [(128, 0, 1), (0, 0, 0), (512, 0, 0), (128, 1, 0)])
