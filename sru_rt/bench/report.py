@@ -1,4 +1,4 @@
-"""Tables and plots of the file that a run writes. Files of the scripts that were before it are read as well."""
+"""Tables and plots of the file that a run writes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def table(rows: Rows) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
-    cells = [shape(row), row.get("dtype", "float32"), row["label"], str(row["threads"])]
+    cells = [shape(row), row["dtype"], row["label"], str(row["threads"])]
     if row["fault"] or "median_ms" not in row:
         return [*cells, row["fault"] or "not measured", *[""] * 9]
     cells += [f"{row['median_ms']:.4g}", f"{row['min_ms']:.4g} - {row['max_ms']:.4g}", str(row["n"])]
@@ -65,19 +65,19 @@ def _target(row: Mapping[str, Any]) -> str:
 
 def summary(rows: Rows) -> str:
     """What docs/performance.md shows: for each part a table with a row for each comparison, a column for each shape."""
-    names = list(dict.fromkeys(row.get("part", "") for row in rows))
-    return "\n\n".join(_summary([row for row in rows if row.get("part", "") == name], name) for name in names)
+    names = list(dict.fromkeys(row["part"] for row in rows))
+    return "\n\n".join(_summary([row for row in rows if row["part"] == name], name) for name in names)
 
 
 def _summary(rows: Rows, name: str) -> str:
     compared = [row for row in rows if "value" in row or row["fault"]]
     shapes = list(dict.fromkeys(shape(row) for row in compared))
     lines = [[name, *shapes, "target"], ["---"] * (len(shapes) + 2)]
-    for label, dtype in dict.fromkeys((row["label"], row.get("dtype")) for row in compared):
-        of_label = [row for row in compared if (row["label"], row.get("dtype")) == (label, dtype)]
+    for label, dtype in dict.fromkeys((row["label"], row["dtype"]) for row in compared):
+        of_label = [row for row in compared if (row["label"], row["dtype"]) == (label, dtype)]
         cells = [" / ".join(ratio(row) for row in of_label if shape(row) == one) for one in shapes]
         against = f": {of_label[0]['sense']} {of_label[0]['against']}" if of_label[0].get("against") else ""
-        kind = f" ({dtype})" if dtype and dtype != "float32" else ""
+        kind = f" ({dtype})" if dtype != "float32" else ""
         lines.append([f"{label}{kind}{against}", *cells, _goal(of_label)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -122,7 +122,7 @@ def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("svg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [row for row in report["rows"] if "median_ms" in row and row.get("who", "copy") != "copy"]
+    timed = [row for row in report["rows"] if "median_ms" in row and row["who"] != "copy"]
     names = ("part", "cell", "dtype", "pass")
     found = []
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in timed):
