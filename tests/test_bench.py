@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -420,6 +421,18 @@ def test_the_command(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables and pictures
+
+
+def test_what_is_compared_is_measured_within_a_short_time() -> None:
+    group = next(iter(parts.BY_NAME["layers"].groups("cpu", ("float32",), ((32, 32, 128),))))
+    found, rng = rows.planned("layers", group, "cpu", 2), np.random.default_rng(1)
+    orders = [runner.shuffled(found, rng) for _ in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    for order in orders:
+        assert len(order) == len(found) and set(order) == set(found)
+        of = [(row.which, row.contestant.process) for row in order]
+        assert len([*itertools.groupby(of)]) == len(set(of))
+        assert len([*itertools.groupby(of, key=lambda one: one[0])]) == len({which for which, _ in of})
 
 
 def row(**more: Any) -> dict[str, Any]:

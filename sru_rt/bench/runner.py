@@ -1,4 +1,4 @@
-"""Runs parts: each group in rounds, in which every row has a block in random order, in processes by library.
+"""Runs parts: each group in rounds, in which every row has a block, in random order, in processes by library.
 
 Peers have processes of their own, as what one library leaves in the heap decides whether another one's new arrays cost
 page faults. The file is written after every round, and a group that it holds whole is not measured again.
@@ -140,7 +140,7 @@ def measure(plan: Plan, rows: Sequence[Row], end: float, processes: Processes) -
     samples: dict[Row, list[float]] = {row: [] for row in rows}
     rng = np.random.default_rng(0)
     for done in range(1, plan.rounds + 1):
-        for row in [rows[i] for i in rng.permutation(len(rows))]:
+        for row in shuffled(rows, rng):
             if not facts[row]["fault"] and (time.perf_counter() < end or not samples[row]):
                 time.sleep(plan.pause)
                 try:
@@ -154,6 +154,19 @@ def measure(plan: Plan, rows: Sequence[Row], end: float, processes: Processes) -
         yield finished(samples, facts, plan.device, record.cache_bytes())
         if late:
             return
+
+
+def shuffled(rows: Sequence[Row], rng: np.random.Generator) -> list[Row]:
+    """Rows in a random order in which those of one pass follow each other, and among these those of one process.
+
+    So what is compared is measured within a short time: the speed of a shared machine changes from minute to minute.
+    """
+    places = {key: rng.random() for row in rows for key in (row.which, (row.which, row.contestant.process))}
+
+    def place(row: Row) -> tuple[float, ...]:
+        return places[row.which], places[row.which, row.contestant.process], rng.random()
+
+    return sorted(rows, key=place)
 
 
 def _prepared(
