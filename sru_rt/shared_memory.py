@@ -48,7 +48,7 @@ def tile_steps(chunk: int) -> int:
 
 def tile_threads(steps: int, step_bytes: int) -> int:
     """The most threads of a block whose tile has room, with `step_bytes` of a thread; there is a word more in that."""
-    return (SHARED_BYTES - 1) // max(1, steps * step_bytes) // 32 * 32
+    return max(0, SHARED_BYTES - 1) // max(1, steps * step_bytes) // 32 * 32
 
 
 def tile(variant: Variant, forward: bool, every: int) -> dict[int, int]:
