@@ -260,9 +260,13 @@ def test_the_clock_counts_calls() -> None:
     assert (len(calls) - 1) % len(times) == 0  # one is not counted, each sample has as many
     assert len(calls) > 100
 
-    call = lambda: None  # noqa: E731  (it gets an attribute below)
-    call.repeats = 1_000_000  # type: ignore[attr-defined]  # how often one call does the work
-    assert max(clock.block("other", [call], 0.01)) < 1e-9
+    class Repeated:
+        repeats = 1_000_000  # how often one call does the work
+
+        def __call__(self) -> None:
+            """Does nothing."""
+
+    assert max(clock.block("other", [Repeated()], 0.01)) < 1e-9
 
 
 def test_a_call_that_took_long_is_not_made_once_more() -> None:

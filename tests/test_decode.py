@@ -306,8 +306,6 @@ def test_a_bad_plan_is_refused(place, way, monkeypatch):
 
 def test_a_step_is_captured(place):
     """Nothing on its way is what a capture refuses."""
-    if place.name != "emulated":
-        pytest.skip("the stand-in for CuPy is as strict; a graph is launched in test_replay.py")
     given = place.put(arguments("sru", "float16", (2, 1, 8, 8)))
     call = sru_rt.prepare(sru_rt.sru_step, **given)
     wanted = place.get(tuple(call.results))
@@ -317,7 +315,10 @@ def test_a_step_is_captured(place):
         for result in call.results:
             result.fill(0)
         call.run()
-        stream.end_capture()
+        graph = stream.end_capture()
+    if graph:  # the stand-in for CuPy has none, and has done at once what was put on the stream
+        graph.launch(stream)
+        stream.synchronize()
     same_bits(place.get(tuple(call.results)), wanted)
 
 

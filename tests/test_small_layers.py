@@ -92,6 +92,15 @@ def same_bits(one: Any, other: Any) -> None:
         )
 
 
+def same_both_ways(place: Place, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch has the bits of two."""
+    results = []
+    for way in ("small=1", "small=0"):
+        monkeypatch.setenv("SRU_RT_PLAN", way)
+        results.append(forward(place, problem))
+    same_bits(*results)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Results
 
@@ -125,12 +134,9 @@ def test_columns_of_x(place, d_in, monkeypatch):
     problem = of_integers(FULL["mingru"] | {"dtype": "bfloat16"}, (19, 2, 24), 1, "plain")
     rng = np.random.default_rng(d_in)
     x, weight = rng.integers(-16, 17, (19, 2, d_in)) / 8, rng.integers(-16, 17, (1, 2, 24, d_in)) / 64
-    dtype, results = problem.arrays["x"].dtype, []
+    dtype = problem.arrays["x"].dtype
     problem.arrays |= {"x": x.astype(dtype), "weight": weight.astype(dtype)}
-    for way in ("small=1", "small=0"):
-        monkeypatch.setenv("SRU_RT_PLAN", way)
-        results.append(forward(place, problem))
-    same_bits(*results)
+    same_both_ways(place, problem, monkeypatch)
 
 
 @kernels
@@ -184,11 +190,8 @@ def test_a_sequence_does_not_depend_on_the_others(alone):
 @pytest.mark.parametrize("order", range(6))
 def test_no_order_of_threads_changes_a_bit(place, order, monkeypatch):
     monkeypatch.setenv("SRU_RT_EMU_ORDER", str(order))
-    problem, results = of_integers(FULL["sru"] | {"dtype": "bfloat16"}, (70, 3, 34), 2, "all"), []
-    for way in ("small=1", "small=0"):
-        monkeypatch.setenv("SRU_RT_PLAN", way)
-        results.append(forward(place, problem))
-    same_bits(*results)
+    problem = of_integers(FULL["sru"] | {"dtype": "bfloat16"}, (70, 3, 34), 2, "all")
+    same_both_ways(place, problem, monkeypatch)
 
 
 @kernels

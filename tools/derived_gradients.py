@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
 
-import gpu_budget  # noqa: E402
+import gpu_budget
 
-import nvrtc  # noqa: E402
-from sru_rt import compile_gpu  # noqa: E402
-from sru_rt.emit import emit  # noqa: E402
+import nvrtc
+from sru_rt import compile_gpu
+from sru_rt.emit import emit
 
 HAND_WRITTEN = ROOT / "tests" / "hand_written"
 RECORD = ROOT / "tests" / "derived_gradients.json"

@@ -23,14 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-import nvrtc  # noqa: E402
-from sru_rt import choose, compile_gpu, costs, machine, plan, predict  # noqa: E402
-from sru_rt.cell import Cell  # noqa: E402
-from sru_rt.cells import named_cells  # noqa: E402
-from sru_rt.dtypes import state_dtype  # noqa: E402
-from sru_rt.shared_memory import chunk_of_tile  # noqa: E402
-from sru_rt.traffic import moved, reduced, replayed  # noqa: E402
-from sru_rt.variant import Variant  # noqa: E402
+import nvrtc
+from sru_rt import choose, compile_gpu, costs, machine, plan, predict
+from sru_rt.cell import Cell
+from sru_rt.cells import named_cells
+from sru_rt.dtypes import state_dtype
+from sru_rt.shared_memory import chunk_of_tile
+from sru_rt.traffic import moved, reduced, replayed
+from sru_rt.variant import Variant
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
 PAGE = ROOT / "docs" / "gpu_budget.md"
