@@ -69,6 +69,19 @@ struct GpuStage {
     }
   };
 
+  // The gates and inputs of the row k steps on.
+  template <class From>
+  SRU_FN void copy_inputs(const From &from, index_t k, Copy &copy) {
+    for (int i = 0; i < Cell::n_gates; i++) copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
+    for (int i = 0; i < Cell::n_inputs; i++) {
+      const index_t offset = k * from.rows * Plan::input_stride(i);
+      if (Sweep::is_wide(i))
+        copy((const acc *)from.input[i] + offset);
+      else
+        copy((const Io *)from.input[i] + offset);
+    }
+  }
+
   // Copies the rows of a piece, last row first, to `to`.
   template <bool reverse>
   struct Copies {
@@ -90,14 +103,7 @@ struct GpuStage {
 
     SRU_MEMBER void row(int k) const {
       Copy copy = {to + k * step_bytes};
-      for (int i = 0; i < Cell::n_gates; i++) copy(from.gate + k * from.rows * Plan::gate_stride + i * Plan::d);
-      for (int i = 0; i < Cell::n_inputs; i++) {
-        const index_t offset = k * from.rows * Plan::input_stride(i);
-        if (Sweep::is_wide(i))
-          copy((const acc *)from.input[i] + offset);
-        else
-          copy((const Io *)from.input[i] + offset);
-      }
+      copy_inputs(from, k, copy);
       copy(dh + k * dh_step);
     }
     // The next `steps` rows, if there are so many.
@@ -133,14 +139,18 @@ struct GpuStage {
   struct Flags {
     bool padded[2], starts_anew[2];
 
-    template <bool reverse>
-    SRU_MEMBER void read(const Given &a, const Part &at, const Span<reverse> &span, const Piece &piece) {
-      const typename Sweep::template Reader<reverse, !reverse> from(a, at, span.time(piece.first));
+    // Of the `n` rows that `from` is at the first of.
+    template <class From>
+    SRU_MEMBER void read(const From &from, index_t n) {
       for (int i = 0; i < 2; i++) {
         const int k = threadIdx.x % 32 + 32 * i;
-        padded[i] = k < piece.steps() && from.padded(k);
-        starts_anew[i] = k < piece.steps() && from.starts_anew(k);
+        padded[i] = k < n && from.padded(k);
+        starts_anew[i] = k < n && from.starts_anew(k);
       }
+    }
+    template <bool reverse>
+    SRU_MEMBER void read(const Given &a, const Part &at, const Span<reverse> &span, const Piece &piece) {
+      read(typename Sweep::template Reader<reverse, !reverse>(a, at, span.time(piece.first)), piece.steps());
     }
     SRU_FN Bits of_all(const bool *mine) {
       return __ballot_sync(~0u, mine[0]) | Bits(__ballot_sync(~0u, mine[1])) << 32;

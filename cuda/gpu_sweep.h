@@ -568,17 +568,23 @@ struct GpuSweep {
     }
   };
 
-  // Reads the states that the forward kept before every step. (Where it kept only some, `work` needs none: it is shown
-  // the first one each time.)
-  template <int depth, Which which = all, bool reverse, class Work>
-  SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
-                                  Work &work) {
-    const index_t rows = batch(f.given) * Plan::D * Plan::d, last = span.end - 1, t = span.time(last);
+  // Reads from step `last` on the rows and the states that the forward kept before every step. (Where it kept only
+  // some, `work` needs none: it is shown the first one each time.)
+  template <bool reverse, Which which = all>
+  SRU_FN BackReader<reverse, Saved, which> back_reader(const BackwardArguments<Cell> &f, const Part &at,
+                                                       const Span<reverse> &span, index_t last) {
+    const index_t rows = batch(f.given) * Plan::D * Plan::d, t = span.time(last);
     const index_t offset = at.row(reverse) * Plan::d + at.j, s = Plan::keep == 1 ? last : 0;
     BackReader<reverse, Saved, which> from = {{f.given, at, t}, (const Io *)f.dh + t * rows + offset};
     for (int i = 0; i < Cell::n_state; i++) from.state[i] = (const Saved *)f.saved[i] + s * rows + offset;
     from.dh_step = reverse ? rows : -rows;
     from.state_step = Plan::keep == 1 ? rows : 0;
+    return from;
+  }
+  template <int depth, Which which = all, bool reverse, class Work>
+  SRU_FN void backward_from_saved(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span,
+                                  Work &work) {
+    auto from = back_reader<reverse, which>(f, at, span, span.end - 1);
     sweep<depth>(from, span.end - span.begin, work);
   }
 

@@ -16,13 +16,23 @@ from . import costs, predict
 from .cell import Cell
 from .dtypes import state_dtype
 from .machine import SCHEDULERS, Device, Machine, usual
-from .shared_memory import shared_channels, staged_bytes, staged_channels, state_bytes, tile, tile_threads
+from .shared_memory import (
+    LAP,
+    ring_bytes,
+    ring_channels,
+    shared_channels,
+    staged_bytes,
+    staged_channels,
+    state_bytes,
+    tile,
+    tile_threads,
+)
 from .traffic import ITEMSIZE, read, reduced, reduction_reads_state, replayed
 from .variant import Variant
 
 DEPTHS = (1, 2, 4, 8, 12, 16, 24, 32)
 _DEPTH_OF_NOTHING = 4  # steps of a loop for which all lies in shared memory
-_LAP = 8  # steps that are read at once from rows that are staged
+LAPS = (0, 3, 4, 6, 8, 12)  # of a ring in shared memory; 0: it is in registers
 THREADS = (32, 64, 128, 256)
 # Registers that a ring may take of 255; the rest are states, parameters, addresses and what a step computes. A backward
 # that recomputes states ("from pieces") holds the addresses of two sweeps, and in chunks of a third, up to the chunk.
@@ -63,6 +73,7 @@ class Task(NamedTuple):
     one_kernel: bool = True  # rather than three, for chunks whose steps compose
     tile: int = 0  # steps of a tile, 0 if there is none
     most_staged: int = 0  # pieces whose rows may be copied to shared memory: see cuda/gpu_stage.h
+    laps: tuple[int, ...] = (0,)  # that a ring in shared memory may have: see cuda/gpu_ring.h
 
     @property
     def sweep(self) -> str:
@@ -83,10 +94,12 @@ class Task(NamedTuple):
         found = tile(self.variant, self.forward, self.every) if self.looks_ahead and self.tile else {}
         return found if tile_threads(self.tile, width * sum(found.values())) else {}
 
-    def block(self, width: int, staged: int = 0) -> int:
+    def block(self, width: int, staged: int = 0, laps: int = 0) -> int:
         """Threads of the largest block."""
         if staged:
             return staged_channels(self.variant, self.every, staged) // width // 32 * 32
+        if laps:
+            return ring_channels(self.variant, self.forward, laps) // width // 32 * 32
         if held := self.held(width):
             return tile_threads(self.tile, width * sum(held.values()))
         channels = shared_channels(self.variant, self.every) if self.in_shared else 2 * THREADS[-1]
@@ -102,6 +115,7 @@ class Choice(NamedTuple):
     reduce_depth: int
     threads: int
     staged: int = 0
+    laps: int = 0
 
     def kernel(self, task: Task) -> predict.Kernel:
         """What the sweep takes, of a tile that is there already."""
@@ -110,6 +124,8 @@ class Choice(NamedTuple):
         channel = states + task.tile * sum(held)
         if self.staged:
             channel = staged_bytes(task.variant, task.every, self.staged)
+        if self.laps:
+            channel = ring_bytes(task.variant, task.forward, self.laps)
         return costs.sweep(
             task.variant,
             task.forward,
@@ -121,6 +137,7 @@ class Choice(NamedTuple):
             shared=self.threads * self.width * channel,
             held=held,
             staged=self.staged,
+            laps=self.laps,
         )
 
     def looking_ahead(self, task: Task, chunk: int) -> tuple[predict.Kernel, predict.Kernel]:
@@ -174,19 +191,21 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     for width in (2, 1) if wide else (1,):
         threads = min(_threads(task, at / width, machine), task.block(width))
         replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task, width), width)
-        for depth in depths:
+        for depth in depths if 0 in task.laps else ():
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at).worst
-        for pieces in range(1, 1 + task.most_staged) if arch >= _COPIES_SINCE and not task.parallel else ():
-            if fitting := min(threads, task.block(width, pieces)):
-                choice = Choice(width, _LAP, _LAP, 1, fitting, pieces)
+        for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
+            if fitting := min(threads, task.block(width, staged, laps)):
+                choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
                 found[choice] = max(_time(machine, choice.kernel(task), at * more).worst / more for more in _LIKE)
+    if not found:  # no block has room for the ring that is asked for
+        return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
     few = at < 2 * 32 * SCHEDULERS
     alike = [choice for choice, seconds in found.items() if seconds <= most]
-    best = min(alike, key=lambda c: (-c.staged, c.width if few else -c.width, c.depth))
-    if best.staged:
+    best = min(alike, key=lambda c: (-c.staged, c.laps, c.width if few else -c.width, c.depth))
+    if best.staged or best.laps:
         return best
     rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
     summarised = {n: _summaries(task, best, n) for n in _reductions(task, best.width)}
@@ -194,6 +213,13 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         replay_depth=_least(machine, rings, at),
         reduce_depth=_least(machine, summarised, at),
     )
+
+
+def _in_shared(task: Task) -> Iterator[tuple[int, int]]:
+    """Pieces that may be staged in shared memory, and laps that a ring may have there."""
+    if not task.parallel:
+        yield from ((staged, 0) for staged in range(1, 1 + task.most_staged))
+        yield from ((0, laps) for laps in task.laps if laps)
 
 
 def _least(machine: Machine, kernels: dict[int, predict.Kernel], at: float) -> int:

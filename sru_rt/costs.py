@@ -45,35 +45,41 @@ def sweep(
     shared: int = 0,
     held: Sequence[int] = (),
     staged: int = 0,
+    laps: int = 0,
 ) -> Kernel:
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
     `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
-    if one alone is, each begins with a latency.
+    if one alone is, each begins with a latency. With `laps` all comes through a ring in shared memory, of which one lap
+    is at hand.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
     instructions, special = _instructions(variant, forward, again, width)
     if staged:
         instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16 - _AGAIN
+    if laps:
+        instructions += _COPY * sum(shared_memory.ring(variant, forward).values()) / 16
     twice = again and not staged
     return Kernel(
         reads=reads - sum(held),
         writes=writes,
         again=sum(replayed(variant)) if twice else 0,
         width=width,
-        depth=every if staged else depth,
+        depth=every if staged else (laps - 1) * shared_memory.LAP if laps else depth,
         replay_depth=replay_depth if twice else 0,
         refills=2 if twice else int(staged == 1),
         every=max(1, every),
         threads=threads,
         registers=_staged_registers(variant, width)
-        if staged
+        if staged or laps
         else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
         special=special,
         chain=chain(variant.cell, forward, again),
+        in_laps=staged > 0 or laps > 0,
+        path=path(variant.cell, forward, again),
     )
 
 
@@ -238,13 +244,24 @@ def chain(cell: Cell, forward: bool, again: bool) -> int:
     return _longest(seeds, results) + (forwards if again else 0)
 
 
-def _longest(first: set[Node], results: Iterable[Any]) -> int:
+@cache
+def path(cell: Cell, forward: bool, again: bool) -> int:
+    """Clocks from what a step reads to all that it gives, of which a backward may have to recompute the state first."""
+    formula = cell.formula
+    steps = [[*formula.new_state, formula.h] if forward else [*formula.gradient.values()]]
+    steps += [formula.new_state] if again else []
+    return sum(_longest(set(), results, of_all=True) for results in steps)
+
+
+def _longest(first: set[Node], results: Iterable[Any], of_all: bool = False) -> int:
+    """The longest way to the results from the nodes `first`, or from all that there are."""
+
     @cache
     def length(node: Any) -> float:
         if node in first:
             return 0
-        if not isinstance(node, Node) or not node.args:
-            return -math.inf
+        if not isinstance(node, Node) or not node.args or node.op in LEAVES:
+            return 0 if of_all else -math.inf
         return max(length(a) for a in node.args) + _CHAINS.get(node.op, OPERATION)
 
     return int(max(0, *(length(result) for result in results)))

@@ -56,11 +56,11 @@ def takes_pairs(variant: Variant, arguments: abi.Forward | abi.Backward) -> bool
     return not any(pointer % (2 * size) for pointer, size in places) and not any(stride % 2 for stride in strides)
 
 
-def reads_multiples(variant: Variant, arguments: abi.Backward, size: int) -> bool:
-    """Whether all rows that a backward reads begin at multiples of `size` bytes."""
+def reads_multiples(variant: Variant, arguments: abi.Forward | abi.Backward, size: int) -> bool:
+    """Whether all rows that a pass reads begin at multiples of `size` bytes, of a backward but for states."""
     given, item = arguments.given, ITEMSIZE[variant.dtype]
     sizes = [ITEMSIZE[state_dtype(variant.dtype)] if variant.wide >> i & 1 else item for i in range(len(given.inputs))]
     bytes_of = [(slot, item) for slot in given.gates] + [*zip(given.inputs, sizes)]
-    places = [arguments.dh, given.d * item]
+    places = [arguments.dh, given.d * item] if isinstance(arguments, abi.Backward) else []
     places += [place for slot, each in bytes_of for place in (slot.pointer, slot.stride * each)]
     return not any(place % size for place in places)

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import abi, decode, layout, settings, shared_memory, small
-from .choose import THREADS, Task, choose, load, shoots, warm_up
+from .choose import LAPS, THREADS, Task, choose, load, shoots, warm_up
 from .errors import ArgumentError, LibraryError
 from .machine import Device
 from .shared_memory import (
+    LAP,
+    ring,
+    ring_bytes,
+    ring_channels,
     shared_channels,
     staged,
     staged_bytes,
@@ -68,7 +72,8 @@ class Plan:
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
     staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
-    copied: int = 0  # channels of such a copy
+    laps: int = 0  # of a ring in shared memory: see cuda/gpu_ring.h
+    copied: int = 0  # channels that a thread copies at once to rows that are staged, or to a ring
     d_in: int = 0  # of a kernel that forms U itself; 0: U is given
     line: int = 0  # bytes of a load of such a kernel of one token
 
@@ -134,6 +139,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         one_kernel=in_one_kernel(overrides()),
         tile=tile_steps(given.chunk),
         most_staged=_most_staged(variant, key, given, pairs),
+        laps=_laps(variant, key, arguments),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
@@ -188,6 +194,8 @@ def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> in
     """Dynamic shared memory of a block: the states that it recomputes, with rows if they are staged, or the tile."""
     if plan.staged:
         return plan.threads * plan.width * staged_bytes(variant, every, plan.staged)
+    if plan.laps:
+        return plan.threads * plan.width * ring_bytes(variant, plan.forward, plan.laps)
     states = every * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
@@ -201,6 +209,22 @@ def _most_staged(variant: Variant, key: Plan, given: abi.Given, pairs: bool) -> 
     fits = pairs or ITEMSIZE[variant.dtype] > 2
     flags = not (key.has_mask or key.has_reset) or (key.d % 64 == 0 and given.every <= 64)
     return overrides().get("staged", 2) if recomputes and fits and flags else 0
+
+
+def _laps(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward) -> tuple[int, ...]:
+    """How many laps a ring may have; (0,) where rows cannot come through one, 16 bytes at a time and by whole warps."""
+    given, chosen = arguments.given, overrides()
+    single = key.parallel or given.L == 1 or not (key.forward or key.keep == 1)
+    states = () if key.forward else arguments.saved
+    pairs = ITEMSIZE[variant.dtype] == 2
+    if (
+        single
+        or given.d % (64 if pairs else 32)
+        or any(p % 16 for p in states)
+        or not layout.reads_multiples(variant, arguments, 16)
+    ):
+        return (0,)
+    return (chosen["laps"],) if "laps" in chosen else (0,) if "depth" in chosen else LAPS
 
 
 def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
@@ -265,6 +289,7 @@ def overrides() -> dict[str, int]:
         "chunk": range(1, 1 << 31),
         "lookahead": (0, 1),
         "staged": (0, 1, 2),
+        "laps": (0, *range(2, 17)),
         "warm_up": range(1, 1 << 31),
         "decode": (0, 1),
         "small": (0, 1),
@@ -273,7 +298,7 @@ def overrides() -> dict[str, int]:
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, warm_up=1 or more, decode=0 or 1, small=0 "
+                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, laps=0 or 2..16, warm_up=1 or more, decode=0 or 1, small=0 "
                 "or 1, separated by commas"
             )
     return chosen
@@ -294,7 +319,9 @@ def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backw
     if made.width > 1 and not layout.takes_pairs(variant, arguments):
         made = replace(made, width=1)
     every, chunk = arguments.given.every, arguments.given.chunk
-    if made.staged and isinstance(arguments, abi.Backward):
+    if made.laps:
+        made = _in_ring(made, variant)
+    elif made.staged and isinstance(arguments, abi.Backward):
         made = _staged(made, variant, arguments)
     else:
         made = _tiled(made, variant, every, tile_steps(chunk))
@@ -313,6 +340,15 @@ def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
     if made.threads > tile_threads(steps, step_bytes):
         return made
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=step_bytes)
+
+
+def _in_ring(made: Plan, variant: Variant) -> Plan:
+    """The plan with what its ring holds, if its warps lie in one sequence and a block has room for it."""
+    held, item = ring(variant, made.forward), ITEMSIZE[variant.dtype]
+    if made.d % (32 * made.width) or made.threads * made.width > ring_channels(variant, made.forward, made.laps):
+        return replace(made, laps=0)
+    row = made.width * sum(held.values())
+    return replace(made, depth=LAP, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=16 // item)
 
 
 def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:

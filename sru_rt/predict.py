@@ -33,6 +33,8 @@ class Kernel(NamedTuple):
     instructions: float = 0
     special: float = 0  # those among them on the special function unit
     chain: float = 0  # clocks from the state before a step to the state after it
+    path: float = 0  # clocks from what it reads to all that it gives
+    in_laps: bool = False  # whether steps follow each other without a branch, from rows that are in shared memory
 
 
 class Own(NamedTuple):
@@ -58,6 +60,7 @@ class Time(NamedTuple):
     fill: float  # until the first step
     launch: float
     products: float = 0  # of a kernel that forms U itself
+    apart: float = 0  # `in_flight`, where a warp computes nothing while it waits
 
     @property
     def best(self) -> float:
@@ -70,7 +73,7 @@ class Time(NamedTuple):
         return self._total(self.issue + self.chain)
 
     def _total(self, arithmetic: float) -> float:
-        steps = max(self.in_flight, arithmetic, self.special, self.products) + self.refill
+        steps = max(self.in_flight, self.apart + arithmetic, self.special, self.products) + self.refill
         return max(self.memory, self.cache, steps) + self.fill + self.launch
 
     @property
@@ -83,7 +86,9 @@ class Time(NamedTuple):
         return self._bound({"instructions and chain": self.issue + self.chain})
 
     def _bound(self, arithmetic: dict[str, float]) -> str:
-        steps = {"loads in flight": self.in_flight, "special functions": self.special, **arithmetic}
+        waits = max(self.in_flight, *(0 if self.apart < took else self.apart + took for took in arithmetic.values()))
+        steps = {"loads in flight": waits, "special functions": self.special}
+        steps |= {name: self.apart + took for name, took in arithmetic.items()}
         steps |= {"products": self.products} if self.products else {}
         name = max(steps, key=lambda key: steps[key])
         limits = {"memory": self.memory, "cache": self.cache}
@@ -101,6 +106,7 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
     work = -(-fullest * warps // SCHEDULERS) * k.width * steps  # of one scheduler, in warps of one channel
     moved = k.reads + k.writes
     laps = 1 / k.depth + (1 / k.replay_depth if k.replay_depth else 0)
+    in_flight = waves * steps * laps * machine.latency
     # A piece that the cache does not hold comes from memory twice.
     running = min(channels, here * most * k.threads * k.width)
     again = k.again if running * k.every * moved > machine.l2_bytes else 0
@@ -111,13 +117,14 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
             channels * steps * (moved + k.again) / machine.cache_bandwidth,
             fullest * k.threads * k.width * steps * (moved + k.again) / machine.port_bandwidth,
         ),
-        in_flight=waves * steps * laps * machine.latency,
+        in_flight=in_flight if k.in_laps else 0,
         issue=work * k.instructions / clock,
         special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
-        chain=waves * steps * k.chain / clock,
+        chain=waves * steps * (k.chain if k.in_laps else max(k.chain, k.path)) / clock,
         refill=waves * steps / k.every * k.refills * machine.latency / scheduled,
         fill=waves * _LINES * machine.latency,
         launch=machine.launch,
+        apart=0 if k.in_laps else in_flight,
     )
 
 
@@ -129,7 +136,7 @@ def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float
     before, behind = (sweep(machine, kernel, channels, steps) for kernel in (first, then))
     looks = before.fill * _LOOKS / _LINES
     if not then.reads + then.again:  # all of it lies in shared memory
-        behind = behind._replace(in_flight=0, fill=0)
+        behind = behind._replace(in_flight=0, apart=0, fill=0)
     total = Time(*map(sum, zip(before, behind)))
     waits = total.fill + looks
     return total._replace(in_flight=total.in_flight + waits, fill=_LINES * machine.latency, launch=machine.launch)

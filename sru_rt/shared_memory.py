@@ -1,7 +1,8 @@
 """What a block of a GPU holds in shared memory, and how much has room there.
 
 A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
-recomputes states holds them, and where they are staged (cuda/gpu_stage.h) the rows of one piece or two.
+recomputes states holds them, and where they are staged (cuda/gpu_stage.h) the rows of one piece or two. Other
+sequential kernels may have a ring of laps there (cuda/gpu_ring.h).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from .traffic import ITEMSIZE, read, summarised
 from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
+LAP = 8  # steps that are gone through at once, of rows that are in shared memory
 _TILES = (32, 64)  # steps of chunks that have a tile; what is read twice of longer ones comes from memory twice
 
 
@@ -39,6 +41,21 @@ def staged_bytes(variant: Variant, every: int, pieces: int) -> int:
 def staged_channels(variant: Variant, every: int, pieces: int) -> int:
     """Channels of which a block has room for that."""
     return SHARED_BYTES // staged_bytes(variant, every, pieces)
+
+
+def ring(variant: Variant, forward: bool) -> dict[int, int]:
+    """Sizes of what a ring holds of each step, by the number in `traffic.read`: all of it."""
+    return dict(enumerate(read(variant, forward, keep=1)))
+
+
+def ring_bytes(variant: Variant, forward: bool, laps: int) -> int:
+    """Of a channel, of a ring of so many laps."""
+    return laps * LAP * sum(ring(variant, forward).values())
+
+
+def ring_channels(variant: Variant, forward: bool, laps: int) -> int:
+    """Channels of which a block has room for one."""
+    return SHARED_BYTES // ring_bytes(variant, forward, laps)
 
 
 def tile_steps(chunk: int) -> int:
