@@ -19,7 +19,7 @@ from sru_rt import chunks, costs, decode, machine, one_launch, plan, predict, sm
 from sru_rt.bench import problem as bench
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
-from sru_rt.choose import Task
+from sru_rt.choose import LAPS, Task
 from sru_rt.dtypes import state_dtype
 from sru_rt.machine import Machine
 from sru_rt.traffic import ITEMSIZE, moved
@@ -73,6 +73,7 @@ class Case(NamedTuple):
             pairs=pairs,
             one_step=self.L == 1,
             in_shared=in_shared,
+            laps=LAPS if plan.by_warps(self.dtype, self.d) else (0,),
             most_staged=2 if not self.forward and self.every > 1 and (pairs or ITEMSIZE[self.dtype] > 2) else 0,
             one_kernel=plan.in_one_kernel(plan.overrides()),
         )

@@ -54,14 +54,9 @@ struct GpuRing {
 
     SRU_MEMBER void next() {
       unsigned char *const at = place(to) + Stage::row_of_mine() * step_bytes;
-      if (left >= lap) {
 #pragma unroll
-        for (int k = 0; k < lap; k += Stage::rows) copy_row(from, k, Copy{at + k * step_bytes});
-      } else {
-#pragma unroll 1
-        for (int k = 0; k + Stage::row_of_mine() < left; k += Stage::rows)
-          copy_row(from, k, Copy{at + k * step_bytes});
-      }
+      for (int k = 0; k < lap; k += Stage::rows)
+        if (k + Stage::row_of_mine() < left) copy_row(from, k, Copy{at + k * step_bytes});
       from.advance(lap);
       left -= lap;
       to = after(to);
@@ -132,20 +127,21 @@ struct GpuRing {
     Marks<Reader> marks(marked, n);
 #pragma unroll 1
     for (int i = 1; i < laps; i++) copies.next();
-#pragma unroll 1
-    for (int here = 0; n > 0; n -= lap, here = after(here)) {
+    int here = 0;
+    for (; n >= lap; n -= lap, here = after(here)) {
       cp_async_wait<laps - 2>();
       Stage::meet();  // what others have copied is there, and the lap before is no longer needed
       copies.next();
       marks.next_lap();
       Lap<Found, Marks<Reader>> rows = {place(here), marks, 0};
-      if (n >= lap) {
-        Stage::template steps<lap>(rows, work);
-      } else {
-#pragma unroll 1
-        for (int k = 0; k < n; k++) Stage::template steps<1>(rows, work);
-      }
+      Stage::template steps<lap>(rows, work);
     }
+    cp_async_wait<laps - 2>();
+    Stage::meet();
+    marks.next_lap();
+    Lap<Found, Marks<Reader>> rows = {place(here), marks, 0};
+#pragma unroll 1
+    for (; n > 0; n--) Stage::template steps<1>(rows, work);
   }
 
   // ----------------------------------------------------------------------------------------------------------------

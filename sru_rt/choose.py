@@ -45,6 +45,7 @@ _WARM_UP = 64
 # is too deep costs less than one that is not deep enough.
 _CAUTION = 1.5
 _COPIES_SINCE = 80  # the first architecture with asynchronous copies
+_FEW = 192  # channels of a multiprocessor, below which pairs would leave too few warps
 _ALIKE = 1.02  # predictions that count as the same
 _STEPS = 1 << 20  # so many that what comes before the first one does not count
 # What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
@@ -126,7 +127,7 @@ class Choice(NamedTuple):
             channel = staged_bytes(task.variant, task.every, self.staged)
         if self.laps:
             channel = ring_bytes(task.variant, task.forward, self.laps)
-        return costs.sweep(
+        found = costs.sweep(
             task.variant,
             task.forward,
             task.every,
@@ -139,6 +140,7 @@ class Choice(NamedTuple):
             staged=self.staged,
             laps=self.laps,
         )
+        return found._replace(overlaps=True) if task.parallel else found
 
     def looking_ahead(self, task: Task, chunk: int) -> tuple[predict.Kernel, predict.Kernel]:
         """What both sweeps of one kernel take over a chunk, which are compiled as one."""
@@ -195,16 +197,16 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at).worst
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
-            if fitting := min(threads, task.block(width, staged, laps)):
+            if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
                 choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
                 found[choice] = max(_time(machine, choice.kernel(task), at * more).worst / more for more in _LIKE)
     if not found:  # no block has room for the ring that is asked for
         return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
-    few = at < 2 * 32 * SCHEDULERS
+    few = at < _FEW
     alike = [choice for choice, seconds in found.items() if seconds <= most]
-    best = min(alike, key=lambda c: (-c.staged, c.laps, c.width if few else -c.width, c.depth))
+    best = min(alike, key=lambda c: (-c.staged, c.laps == 0, c.width if few else -c.width, c.laps, c.depth))
     if best.staged or best.laps:
         return best
     rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
@@ -213,6 +215,11 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         replay_depth=_least(machine, rings, at),
         reduce_depth=_least(machine, summarised, at),
     )
+
+
+def _threads_in_shared(packs: float) -> int:
+    """Blocks of two warps read longer lines of memory at once, where there are enough of them for each multiprocessor."""
+    return THREADS[1] if packs >= THREADS[1] else THREADS[0]
 
 
 def _in_shared(task: Task) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from . import costs, plan, predict
 from .cell import Cell
-from .choose import Choice, Task, choose, load, rounded, shoots, warm_up
+from .choose import LAPS, Choice, Task, choose, load, rounded, shoots, warm_up
 from .dtypes import state_dtype
 from .machine import Device, Machine, of
 from .shared_memory import chunk_of_tile, tile_steps
@@ -117,7 +117,8 @@ def _task(variant: Variant, forward: bool, d: int, one_kernel: bool = True) -> T
     """What is compared: nothing is kept in a forward, every state in a backward, in its own dtype."""
     usual = Variant(variant.cell, variant.dtype, state_dtype(variant.dtype), variant.wide)
     pairs = ITEMSIZE[variant.dtype] == 2 and d % 2 == 0
-    return Task(usual, forward, 0 if forward else 1, pairs=pairs, one_kernel=one_kernel)
+    laps = LAPS if plan.by_warps(variant.dtype, d) else (0,)
+    return Task(usual, forward, 0 if forward else 1, pairs=pairs, one_kernel=one_kernel, laps=laps)
 
 
 @lru_cache(maxsize=1024)
@@ -167,7 +168,7 @@ def in_chunks(task: Task, L: int, chunk: int, row: int, at: float, device: Devic
         return
     if task.looks_ahead:
         yield predict.sweep(machine, costs.clear(), channels * n / (width * threads), 1)
-        yield predict.looking_ahead(machine, *choice.looking_ahead(task, chunk), channels * n, chunk)
+        yield predict.looking_ahead(machine, *choice.looking_ahead(task, chunk), channels * n, chunk, n)
         yield from _sums(task, machine, n, row, at)
         return
     first = costs.summaries(task.variant, task.forward, width=width, depth=choice.reduce_depth, threads=threads)

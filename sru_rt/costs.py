@@ -78,7 +78,7 @@ def sweep(
         instructions=instructions,
         special=special,
         chain=chain(variant.cell, forward, again),
-        in_laps=staged > 0 or laps > 0,
+        overlaps=staged > 0 or laps > 0,
         path=path(variant.cell, forward, again),
     )
 

@@ -211,18 +211,18 @@ def _most_staged(variant: Variant, key: Plan, given: abi.Given, pairs: bool) -> 
     return overrides().get("staged", 2) if recomputes and fits and flags else 0
 
 
+def by_warps(dtype: str, d: int) -> bool:
+    """Whether warps lie in one sequence, whatever the width."""
+    return d % (64 if ITEMSIZE[dtype] == 2 else 32) == 0
+
+
 def _laps(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward) -> tuple[int, ...]:
     """How many laps a ring may have; (0,) where rows cannot come through one, 16 bytes at a time and by whole warps."""
     given, chosen = arguments.given, overrides()
-    single = key.parallel or given.L == 1 or not (key.forward or key.keep == 1)
+    alone = key.parallel or given.L == 1 or not (key.forward or key.keep == 1)
     states = () if key.forward else arguments.saved
-    pairs = ITEMSIZE[variant.dtype] == 2
-    if (
-        single
-        or given.d % (64 if pairs else 32)
-        or any(p % 16 for p in states)
-        or not layout.reads_multiples(variant, arguments, 16)
-    ):
+    aligned = not any(p % 16 for p in states) and layout.reads_multiples(variant, arguments, 16)
+    if alone or not (by_warps(variant.dtype, given.d) and aligned):
         return (0,)
     return (chosen["laps"],) if "laps" in chosen else (0,) if "depth" in chosen else LAPS
 

@@ -13,6 +13,7 @@ from .machine import REGISTERS, SCHEDULERS, Machine
 
 _LINES = 2  # latencies before the first step: of what is read once, and of the ring
 _OF_WARPS = 0.6  # of the rate of large products: what instructions of one warp reach, and a block that forms a little
+_HOP = 0.36e-6  # seconds until what is known of one chunk is known of the next one
 _LOOKS = 5  # latencies of a block that looks ahead: of its number, of words twice, of summaries, of a publication
 
 
@@ -33,8 +34,8 @@ class Kernel(NamedTuple):
     instructions: float = 0
     special: float = 0  # those among them on the special function unit
     chain: float = 0  # clocks from the state before a step to the state after it
-    path: float = 0  # clocks from what it reads to all that it gives
-    in_laps: bool = False  # whether steps follow each other without a branch, from rows that are in shared memory
+    path: float = 0  # clocks from what a step reads to all that it gives
+    overlaps: bool = True  # whether steps are computed while a warp waits: others of its own, or those of many warps
 
 
 class Own(NamedTuple):
@@ -60,7 +61,7 @@ class Time(NamedTuple):
     fill: float  # until the first step
     launch: float
     products: float = 0  # of a kernel that forms U itself
-    apart: float = 0  # `in_flight`, where a warp computes nothing while it waits
+    alone: float = 0  # of a warp that computes nothing while it waits: loads, and one step after the other
 
     @property
     def best(self) -> float:
@@ -73,7 +74,7 @@ class Time(NamedTuple):
         return self._total(self.issue + self.chain)
 
     def _total(self, arithmetic: float) -> float:
-        steps = max(self.in_flight, self.apart + arithmetic, self.special, self.products) + self.refill
+        steps = max(self.in_flight, arithmetic, self.special, self.products, self.alone) + self.refill
         return max(self.memory, self.cache, steps) + self.fill + self.launch
 
     @property
@@ -86,9 +87,8 @@ class Time(NamedTuple):
         return self._bound({"instructions and chain": self.issue + self.chain})
 
     def _bound(self, arithmetic: dict[str, float]) -> str:
-        waits = max(self.in_flight, *(0 if self.apart < took else self.apart + took for took in arithmetic.values()))
-        steps = {"loads in flight": waits, "special functions": self.special}
-        steps |= {name: self.apart + took for name, took in arithmetic.items()}
+        steps = {"loads in flight": self.in_flight, "special functions": self.special, **arithmetic}
+        steps |= {"waits of a warp": self.alone} if self.alone else {}
         steps |= {"products": self.products} if self.products else {}
         name = max(steps, key=lambda key: steps[key])
         limits = {"memory": self.memory, "cache": self.cache}
@@ -117,18 +117,18 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
             channels * steps * (moved + k.again) / machine.cache_bandwidth,
             fullest * k.threads * k.width * steps * (moved + k.again) / machine.port_bandwidth,
         ),
-        in_flight=in_flight if k.in_laps else 0,
+        in_flight=in_flight,
         issue=work * k.instructions / clock,
         special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
-        chain=waves * steps * (k.chain if k.in_laps else max(k.chain, k.path)) / clock,
+        chain=waves * steps * k.chain / clock,
         refill=waves * steps / k.every * k.refills * machine.latency / scheduled,
         fill=waves * _LINES * machine.latency,
         launch=machine.launch,
-        apart=0 if k.in_laps else in_flight,
+        alone=0 if k.overlaps else in_flight + waves * steps * (k.path + k.width * k.instructions) / clock,
     )
 
 
-def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float, steps: float) -> Time:
+def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float, steps: float, chunks: int) -> Time:
     """The time of a kernel that takes chunks, counted as channels, by two sweeps, and looks ahead in between.
 
     Blocks are at all points of this at once, so that while one waits, others move bytes.
@@ -136,10 +136,12 @@ def looking_ahead(machine: Machine, first: Kernel, then: Kernel, channels: float
     before, behind = (sweep(machine, kernel, channels, steps) for kernel in (first, then))
     looks = before.fill * _LOOKS / _LINES
     if not then.reads + then.again:  # all of it lies in shared memory
-        behind = behind._replace(in_flight=0, apart=0, fill=0)
+        behind = behind._replace(in_flight=0, fill=0)
     total = Time(*map(sum, zip(before, behind)))
     waits = total.fill + looks
-    return total._replace(in_flight=total.in_flight + waits, fill=_LINES * machine.latency, launch=machine.launch)
+    return total._replace(
+        in_flight=max(total.in_flight + waits, chunks * _HOP), fill=_LINES * machine.latency, launch=machine.launch
+    )
 
 
 class Token(NamedTuple):

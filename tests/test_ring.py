@@ -106,14 +106,15 @@ def test_where_warps_would_lie_in_two_sequences(place, d, aligned, monkeypatch, 
 # Planted bugs: that the tests above pass says something only if these are found.
 
 PLANTED = {
-    "wait for one lap too few": ("cp_async_wait<laps - 2>();", "cp_async_wait<laps - 1>();"),
+    "wait for one lap too few": ("cp_async_wait<laps - 2>();\n      Stage", "cp_async_wait<laps - 1>();\n      Stage"),
+    "the same at the end": ("cp_async_wait<laps - 2>();\n    Stage", "cp_async_wait<laps - 1>();\n    Stage"),
     "do not wait for what others copy": ("Stage::meet();  // what", "// what"),
     "copy into the place of the lap at hand": (
         "      copies.next();\n      marks.next_lap();",
-        "      marks.next_lap();\n      if (n > lap) copies.to = here;\n      copies.next();",
+        "      marks.next_lap();\n      copies.to = here;\n      copies.next();",
     ),
-    "copy beyond the end": ("if (left >= lap) {", "if (left > 0) {"),
-    "leave out the last rows": ("k + Stage::row_of_mine() < left", "k + Stage::row_of_mine() + 1 < left"),
+    "copy beyond the end": ("if (k + Stage::row_of_mine() < left)", "if (left > 0)"),
+    "leave out the last row": ("k + Stage::row_of_mine() < left", "k + Stage::row_of_mine() + 1 < left"),
     "copy one row in place of all": ("span.begin + Stage::row_of_mine()", "span.begin"),
     "the same on the way back": ("last - Stage::row_of_mine()", "last"),
     "copy what is of another thread": ("f, Stage::copied_by(at), span", "f, at, span"),

@@ -179,7 +179,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     code, log = entry.compile()
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
-    result |= {"staged": made.staged} if made.staged else {}
+    result |= {name: getattr(made, name) for name in ("staged", "laps") if getattr(made, name)}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
     if entry.kernel.startswith("sum_") or entry.kernel == "clear":
         result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
@@ -190,7 +190,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     if entry.arch == 90 and entry.which in SMALL:
         result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
     elif entry.arch == 90:
-        loops, by = sweeps(variant, made, entry.kernel), "LDS" if made.staged else "LDG"
+        loops, by = sweeps(variant, made, entry.kernel), "LDS" if made.staged or made.laps else "LDG"
         result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D, by))
     return result
 
@@ -205,13 +205,15 @@ def warps(arch: int, kernel: dict[str, Any]) -> int:
 def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:
     """Of each loop over time, or over chunks, the steps of a lap and the loads of a step.
 
-    They are those from global memory, or from shared memory where rows are staged.
+    They are those from global memory, or from shared memory where rows come through it.
     """
     states = len(variant.cell.state) if made.keep == 1 else 0
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
     if made.staged:
         rows = [made.in_tile.bit_count() + len(variant.cell.state), len(replayed(variant))]
         return [*zip((made.depth, made.replay_depth), rows)]
+    if made.laps:
+        return [(made.depth, made.in_tile.bit_count())]
     found = [(made.depth, inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count())]
     if made.lookahead:
         found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep))))
@@ -244,9 +246,8 @@ def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
     forward, every = entry.kept
     L, B, D, d = entry.sizes
     names = ("width", "depth", "replay_depth", "threads", "shared")
-    taken = costs.sweep(
-        variant, forward, every, **{name: kernel[name] for name in names}, staged=kernel.get("staged", 0)
-    )
+    shared = {name: kernel.get(name, 0) for name in ("staged", "laps")}
+    taken = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names}, **shared)
     taken = taken._replace(registers=kernel["registers"], instructions=kernel["instructions"], special=kernel["mufu"])
     usual = machine.usual(entry.arch, machine.USUAL_MULTIPROCESSORS[entry.arch])
     return predict.sweep(usual, taken, B * D * d, L)
@@ -307,9 +308,9 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
 
 
 def _plan(kernel: dict[str, Any]) -> str:
-    """Width, depth, threads, and of how many pieces rows are staged."""
+    """Width, depth, threads, and of how many pieces rows are staged, or the laps of a ring in shared memory."""
     numbers = ", ".join(str(kernel[name]) for name in ("width", "depth", "threads"))
-    return f"{numbers}, staged {kernel['staged']}" if "staged" in kernel else numbers
+    return ", ".join([numbers, *(f"{name} {kernel[name]}" for name in ("staged", "laps") if name in kernel)])
 
 
 def _loads(kernel: dict[str, Any]) -> str:

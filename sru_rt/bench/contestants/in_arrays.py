@@ -30,7 +30,9 @@ def plan_of(problem: Problem, which: str, gpu: Device) -> str:
     every = {SAVE: 1, BACKWARD: 1, SAVE_32: 32, BACKWARD_32: 32}.get(which, 0)
     call = Call(problem.cell.core, problem.dtype, problem.D, problem.d, every, L=problem.L)
     made = call.plans("backward" if which in (BACKWARD, BACKWARD_32) else "forward", problem.B, gpu)[0]
-    text = f"{made.width} x {made.threads} threads, {made.depth} ahead"
+    ahead = (made.laps - 1) * made.depth if made.laps else made.depth
+    text = f"{made.width} x {made.threads} threads, {ahead} ahead"
+    text += ", through shared memory" if made.laps or made.staged else ""
     return text + ", in parallel over time" if made.parallel else text
 
 
