@@ -88,13 +88,14 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
     x, y, z = p.grid(B)
     assert (y, z) == (D, 1)
     assert (x - 1) * p.threads * p.width < B * d <= x * p.threads * p.width or x == B == 0
-    # The ring leaves registers for all else, half of the 255 or more.
-    assert ring_registers(cell, dtype, p) <= 128
+    # The ring leaves registers for all else, half of the 255 or more, if it is not in shared memory.
+    assert p.laps or ring_registers(cell, dtype, p) <= 128
     # Recomputed states lie in shared memory where they fit, and only then.
     shared = plan.shared_bytes(variant(cell, dtype), p, every)
     assert shared <= 48 << 10
     if forward or every < 2:
-        assert not p.scratch_in_shared and shared == 0
+        row = sum(traffic.read(variant(cell, dtype), forward, keep=1))
+        assert not p.scratch_in_shared and shared == p.threads * p.width * p.laps * 8 * row
     else:
         assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
         # Rows lie beside them where they are staged.
@@ -103,18 +104,24 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
         assert shared == every * p.threads * p.width * (rows + states)
 
 
+@pytest.fixture
+def in_registers(monkeypatch):
+    """Rings, wherever they might lie."""
+    monkeypatch.setenv("SRU_RT_PLAN", "laps=0")
+
+
 @pytest.mark.parametrize("forward", [True, False])
-def test_ring_is_deepest_where_channels_are_few(forward):
+def test_ring_is_deepest_where_channels_are_few(forward, in_registers):
     depths = [made(sizes=(2048, B, 1, 1024), forward=forward, every=1).depth for B in (1, 4, 16, 64, 256, 1024)]
     assert depths == sorted(depths, reverse=True) and depths[0] > depths[-1]
 
 
-def test_recomputation_leaves_the_ring_less():
+def test_recomputation_leaves_the_ring_less(in_registers):
     depths = [made(sizes=(2048, 2, 1, 1024), forward=False, every=every).depth for every in (1, 32)]
     assert depths[0] > depths[1]
 
 
-def test_masks_and_wide_inputs_count_as_registers():
+def test_masks_and_wide_inputs_count_as_registers(in_registers):
     cell = Cell("many", lambda a, b, c, s, x, y, z: (a * s + x, b + c + y + z), (
         Array("u", "gates", ("a", "b", "c")),
         Array("i", "inputs", ("x", "y", "z"), stacked=True),
@@ -125,10 +132,10 @@ def test_masks_and_wide_inputs_count_as_registers():
     assert [p.width for p in plans] == [1, 1]
     assert all(ring_registers(cell, "bfloat16", p, wide) <= 128 for p, wide in zip(plans, (0, 7)))
     few = (2048, 1, 1, 1024)
-    assert made(sizes=few).depth == 24 > made(sizes=few, mask=True, reset=True).depth
+    assert made(sizes=few).depth == 32 > made(sizes=few, mask=True, reset=True).depth
 
 
-def test_small_blocks_spread_over_all_multiprocessors():
+def test_small_blocks_spread_over_all_multiprocessors(in_registers):
     for B, threads in ((1, 32), (16, 32), (64, 32), (128, 64), (256, 128), (4096, 256)):
         assert made(sizes=(512, B, 1, 1024)).threads == threads
 
@@ -265,12 +272,12 @@ def test_gradients_that_are_not_wanted_are_left_out():
 
 def test_the_kernel_text_holds_the_whole_plan():
     """Every field but the pass itself, which chooses the entry points: kernels are cached by their text."""
-    base = replace(made("bfloat16", forward=False, every=32), staged=0)  # staged, it is never parallel
+    base = replace(made("bfloat16", forward=False, every=32), staged=0, threads=32)  # staged, it is never parallel
     changed = dict(width=2, depth=4, threads=64, B=99, D=2, d=2048, gate_stride=7, input_strides=(5,), keep=1)
     changed |= dict(has_mask=True, has_reset=True, wants_gates=False, wants_inputs=0, scratch_in_shared=False)
     changed |= dict(forward=True, replay_depth=2, reduce_depth=2, parallel=True, warm_up=9)
     changed |= dict(reduce_reads_state=True, saved_in_chunks=True, lookahead=True, in_tile=5, tile_bytes=8)
-    changed |= dict(staged=1, copied=4, d_in=96, line=16)
+    changed |= dict(staged=1, laps=3, copied=4, d_in=96, line=16)
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
@@ -287,8 +294,10 @@ def test_the_kernel_text_holds_the_whole_plan():
 
 def test_override(monkeypatch):
     usual = made()
+    monkeypatch.setenv("SRU_RT_PLAN", "laps=0")
+    in_registers = made()
     monkeypatch.setenv("SRU_RT_PLAN", " depth = 7, threads=96 ")
-    assert made() == replace(usual, depth=7, threads=96)
+    assert made() == replace(in_registers, depth=7, threads=96)
     assert made().grid(16) == (-(-16 * 1024 // 96), 1, 1)
     monkeypatch.setenv("SRU_RT_PLAN", "width=2")
     assert made("bfloat16").width == 2
@@ -347,13 +356,14 @@ def test_override_that_asks_for_more_shared_memory_than_there_is(monkeypatch):
 
 
 RECOMPUTED = {"forward": False, "every": 32}
+BACK = {"forward": False, "every": 1}
 
 
-@pytest.mark.parametrize("dtype, held, row", [("float32", 0b11111, 20), ("bfloat16", 0b11111, 10)])
-def test_rows_are_staged(dtype, held, row):
+@pytest.mark.parametrize("dtype, held, row, threads", [("float32", 0b11111, 20, 32), ("bfloat16", 0b11111, 10, 64)])
+def test_rows_are_staged(dtype, held, row, threads):
     p = made(dtype, **RECOMPUTED)
-    assert (p.staged, p.in_tile, p.tile_bytes, p.width, p.threads) == (2, held, row, 1, 32)
-    assert plan.shared_bytes(variant(dtype=dtype), p, 32) == 32 * 32 * (2 * row + 4)
+    assert (p.staged, p.in_tile, p.tile_bytes, p.width, p.threads) == (2, held, row, 1, threads)
+    assert plan.shared_bytes(variant(dtype=dtype), p, 32) == threads * 32 * (2 * row + 4)
     assert p.depth == p.replay_depth == 8
 
 
@@ -435,6 +445,63 @@ def test_override_of_staging(text, staged, monkeypatch):
     monkeypatch.setenv("SRU_RT_PLAN", text)
     p = made(**RECOMPUTED)
     assert p.staged == staged and bool(p.tile_bytes) == bool(staged) and p.scratch_in_shared
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rings in shared memory
+
+
+@pytest.mark.parametrize("options, held, row", [({}, 0b1111, 4), (dict(every=32), 0b1111, 4), (BACK, 0b111111, 6)])
+@pytest.mark.parametrize("dtype, copied", [("float32", 4), ("bfloat16", 8), ("float64", 2)])
+def test_a_ring_holds_all_that_is_read(dtype, copied, options, held, row):
+    p, item = made(dtype, **options), traffic.ITEMSIZE[dtype]
+    row = row * item + (2 if dtype == "bfloat16" and held > 15 else 0)  # states are wider
+    assert (p.depth, p.copied, p.in_tile, p.tile_bytes) == (8, copied, held, row * p.width)
+    assert plan.shared_bytes(variant(dtype=dtype), p, p.keep) == p.threads * p.width * p.laps * 8 * row > 0
+
+
+def test_few_channels_take_more_laps_and_smaller_blocks():
+    plans = [made("bfloat16", (512, B, 1, 1024)) for B in (4, 16, 64)]
+    assert [p.laps for p in plans] == sorted((p.laps for p in plans), reverse=True)
+    assert [(p.width, p.threads) for p in plans] == [(1, 32), (1, 64), (2, 64)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(sizes=(1, *USUAL[1:])),
+        dict(sizes=(2048, 16, 1, 1040)),  # warps lie in two sequences
+        dict(dtype="bfloat16", sizes=(2048, 16, 1, 1056)),  # warps of pairs do
+        dict(address=(1 << 20) + 8),
+        dict(chunk=64),
+        dict(device=Device(75, 40)),
+        dict(forward=False, every=2),
+    ],
+)
+def test_where_there_is_none(other):
+    assert made().laps and not made(**other).laps
+
+
+@pytest.mark.parametrize("name", ["saved", "dh", "gates", "inputs"])
+def test_every_array_counts_for_a_ring(name):
+    backward = arguments(SRU, "float32", USUAL, **BACK)
+    given = backward.given
+    if name == "saved":
+        backward = backward._replace(saved=[pointer + 8 for pointer in backward.saved])
+    elif name == "dh":
+        backward = backward._replace(dh=backward.dh + 8)
+    else:
+        shifted = [slot._replace(pointer=slot.pointer + 8) for slot in getattr(given, name)]
+        backward = backward._replace(given=given._replace(**{name: shifted}))
+    assert not plan.plan(variant(), backward, H200).laps
+
+
+@pytest.mark.parametrize("text, laps", [("laps=0", 0), ("laps=5", 5), ("laps=16,threads=256", 0), ("depth=8", 0)])
+def test_override_of_laps(text, laps, monkeypatch):
+    """Where a block has no room for so many, the ring is in registers; there it is too where its depth is given."""
+    monkeypatch.setenv("SRU_RT_PLAN", text)
+    p = made()
+    assert p.laps == laps and bool(p.tile_bytes) == bool(laps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,11 +610,12 @@ def test_longer_sequences_are_cut_if_shorter_ones_are(dtype, forward):
         assert cut == sorted(cut) and not cut[0]
 
 
-@pytest.mark.parametrize("forward, deepest, bytes_moved", [(True, 32, 20), (False, 16, 40)])
-def test_where_it_begins_to_pay(forward, deepest, bytes_moved):
-    """Where the memory takes longer for what is read and written, each once, than a ring for its latency."""
-    limit = 0.8e-6 / deepest / (bytes_moved / 4.32e12)
-    cut = [chunk((1 << 20, 1, 1, int(part * limit)), forward) > 0 for part in (0.5, 0.8, 1.25, 2)]
+@pytest.mark.parametrize("forward, bytes_moved", [(True, 20), (False, 40)])
+def test_where_it_begins_to_pay(forward, bytes_moved):
+    """Where a warp takes longer for a step than the memory does for what is read and written, each once: some 20 ns,
+    where the copies of a ring in shared memory are made ahead of time."""
+    limit = 20e-9 / (bytes_moved / 4.32e12)
+    cut = [chunk((1 << 20, 1, 1, int(part * limit) // 32 * 32), forward) > 0 for part in (0.3, 0.5, 2, 4)]
     assert cut == [True, True, False, False]
 
 
