@@ -40,6 +40,7 @@ struct GpuLookahead {
 
   static constexpr int rows = Sweep::carry_rows + n;
   static constexpr int ahead = Scan::fold_depth;  // summaries that a thread reads at once
+  static_assert(ahead < warp, "a warp sees more");
 
   SRU_FN index_t columns(const Given &a) {  // blocks of one direction that it takes for all channels
     return Sweep::pieces(Sweep::batch(a) * Sweep::packs, Plan::threads);
@@ -83,38 +84,58 @@ struct GpuLookahead {
       if (threadIdx.x == 0) release_flag(flags + chunk, known);
     }
 
-    // The last chunk before `chunk` of which the state is known; the first, of which it will be, if there is none. To
-    // be called by whole warps.
-    SRU_MEMBER index_t last_known(index_t chunk) const {
-      for (index_t end = chunk; end > 0; end -= warp) {
-        const index_t i = end - 1 - threadIdx.x % warp;
-        const unsigned found = __ballot_sync(~0u, i >= 0 && look_at(flags + (i < 0 ? 0 : i)) == state_known);
-        if (found) return end - __ffs(found);
-      }
-      return 0;
+    // What is known of `warp` chunks from `from` on: a bit for each, the lowest for the first.
+    struct Seen {
+      index_t from;
+      unsigned summaries, states;
+
+      SRU_MEMBER void skip(int chunks) { from += chunks, summaries >>= chunks, states >>= chunks; }
+      SRU_MEMBER bool leads_on(bool wants_state) const { return states || (!wants_state && (summaries & 1)); }
+    };
+
+    // What follows is for whole warps, with the lanes that have no channel. Each lane looks at one flag: many blocks
+    // wait at those of one column, and whoever publishes has to get through.
+
+    // Of the chunks before `chunk`.
+    SRU_MEMBER Seen look(index_t from, index_t chunk) const {
+      const index_t mine = from + threadIdx.x % warp;
+      const unsigned known = mine < chunk ? acquire_flag(flags + mine) : 0;
+      __syncwarp();  // what one lane may read now, all may
+      const unsigned summaries = __ballot_sync(~0u, known >= summary_known);
+      return {from, summaries, __ballot_sync(~0u, known == state_known)};
     }
 
-    // The state after the chunks before `chunk`, beginning with that after chunk `from`, for which it waits.
-    SRU_MEMBER void look_ahead(index_t from, index_t chunk, real *state) const {
-      bool wants_state = true;  // as the summary of chunk `from` is of no use
-      while (from < chunk) {
-        unsigned known[ahead];
-        acquire_flags<ahead>(flags + from, chunk - from, known);
-        if (known[0] < (wants_state ? state_known : summary_known)) {
-          __nanosleep(20);
-          continue;
-        }
-        Rows found[ahead];
-        int ready = 0, done = 0;
-#pragma unroll
-        for (int i = 0; i < ahead; i++)
-          if (ready == i && known[i]) found[i] = read(from + i, known[i]), ready++;
-#pragma unroll
-        for (int i = 0; i < ahead; i++)
-          if (done == i && i < ready && go_on(found[i], known[i], state)) done++;
-        from += done;
-        wants_state = done < ready;
+    // The state after the chunks before `chunk`, by the last state that is known and the summaries behind it. If none
+    // is known, it waits for that after the first chunk.
+    SRU_MEMBER void look_ahead(index_t chunk, bool idle, real *state) const {
+      Seen seen = {chunk, 0, 0};
+      while (seen.from && !seen.states) seen = look(seen.from > warp ? seen.from - warp : 0, chunk);
+      bool wants_state = true;  // as the summary of the next chunk is of no use
+      while (seen.from < chunk) {
+        while (!seen.leads_on(wants_state) && !(seen = look(seen.from, chunk)).leads_on(wants_state)) __nanosleep(100);
+        wants_state = !follow(seen, idle, state);
       }
+    }
+
+    // Takes the state over chunks that it has seen, from the last known state on if there is one. False where the next
+    // summary is of no use to some lane: there all lanes stop, and what others have done beyond counts for nothing, as
+    // all take the state after that chunk, once it is known.
+    SRU_MEMBER bool follow(Seen &seen, bool idle, real *state) const {
+      if (seen.states) seen.skip(warp - 1 - __clz(seen.states));
+      const int ready = min(ahead, __clz(__brev(~seen.summaries)));
+      const auto known = [&](int i) { return i == 0 && seen.states ? state_known : summary_known; };
+      Rows found[ahead];
+#pragma unroll
+      for (int i = 0; i < ahead; i++)
+        if (!idle && i < ready) found[i] = read(seen.from + i, known(i));
+      int done = idle ? ready : 0;
+#pragma unroll
+      for (int i = 0; i < ahead; i++)
+        if (done == i && i < ready && go_on(found[i], known(i), state)) done++;
+      const bool all = __all_sync(~0u, done == ready);
+      for (int by = all ? 0 : warp / 2; by; by /= 2) done = min(done, __shfl_xor_sync(~0u, done, by));
+      seen.skip(done);
+      return all;
     }
   };
 
@@ -217,13 +238,10 @@ struct GpuLookahead {
       column.publish(chunk, summary_known);
     }
 
-    const index_t known = column.last_known(chunk);
-    if (!at.idle) {
-      if (chunk)
-        column.look_ahead(known, chunk, state);
-      else
-        begin<reverse>(f, at, state);
-    }
+    if (chunk)
+      column.look_ahead(chunk, at.idle, state);
+    else if (!at.idle)
+      begin<reverse>(f, at, state);
 
     // Where the summary gives what is not finite, the state after the chunk is known once the chunk is done.
     bool late = false;

@@ -83,22 +83,15 @@ SRU_LOAD_NOW(uint4, "v4.u32", "{%0, %1, %2, %3}", "%4", "=r"(a.x), "=r"(a.y), "=
 
 // ------------------------------------------------------------------------------------------------------------------
 // Flags by which blocks tell each other what they have written. What a thread and, before a barrier, the others of its
-// block have written is seen by whoever then sees the flag: after acquire_flags() at once, after look_at() not yet.
+// block have written is seen by whoever then sees the flag, and behind a barrier by the others of its warp or block.
 
 SRU_PTX void release_flag(unsigned int *p, unsigned int value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
 }
-SRU_PTX unsigned int look_at(const unsigned int *p) {
+SRU_PTX unsigned int acquire_flag(const unsigned int *p) {
   unsigned int value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(p)) : "memory");
   return value;
-}
-// The first `count` of n flags, all asked for at once; 0 for the others.
-template <int n>
-SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int *values) {
-#pragma unroll
-  for (int i = 0; i < n; i++) values[i] = i < count ? look_at(p + i) : 0;
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // ------------------------------------------------------------------------------------------------------------------

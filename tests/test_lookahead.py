@@ -5,6 +5,7 @@ test_time_parallel.py holds it against the oracle; here it is held against the t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -18,7 +19,7 @@ import sru_rt
 from emu import fake_cupy
 from gpu_places import Place, Result, forget_kernels, judge, random_problem, run, same
 from problems import Problem
-from sru_rt import launch, launch_gpu, recurrence, shared_memory, source
+from sru_rt import launch_gpu, recurrence, shared_memory, source
 from test_time_parallel import AFFINE, CELLS, at_place, both, growing
 
 pytestmark = pytest.mark.kernels
@@ -69,15 +70,38 @@ def test_launches_again_with_the_same_arguments(place, cell, monkeypatch):
     """As a graph does when it is replayed: nothing on the host is asked again."""
     monkeypatch.setenv("SRU_RT_PLAN", "threads=32,chunk=3")
     problem = Problem.make(CELLS[cell] | {"dtype": "float32"}, (20, 3, 33), 2, "all")
-    results, original = {"once": run(place, problem, time_parallel=True)}, launch.run
+    results, original = {"once": run(place, problem, time_parallel=True)}, launch_gpu.launch
 
     def thrice(*arguments: Any) -> None:
         for _ in range(3):
             original(*arguments)
 
-    monkeypatch.setattr(launch, "run", thrice)
+    monkeypatch.setattr(launch_gpu, "launch", thrice)
     results["thrice"] = run(place, problem, time_parallel=True)
     same(results)
+
+
+def launched_before(place: Place, monkeypatch: pytest.MonkeyPatch, problem: Problem) -> Any:
+    """h and the last state of a call of which each launch is run with other numbers first."""
+    given, original = place.put(problem.arrays), launch_gpu.launch
+
+    def twice(*arguments: Any) -> None:
+        for _ in range(2):
+            given["u"][...] = given["u"] * -1
+            original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch_gpu, "launch", twice)
+        return sru_rt.sru_recurrence(**given, time_parallel=True)
+
+
+def test_launches_again_with_other_numbers(place, monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "threads=32,chunk=2")
+    problem = random_problem("float32", 80, 2, 2, 33)
+    problem.arrays["v"] = None
+    wanted = place.get(sru_rt.sru_recurrence(**place.put(problem.arrays), time_parallel=True))
+    got = place.get(launched_before(place, monkeypatch, problem))
+    same({"once": Result(*wanted, {}), "twice": Result(*got, {})})
 
 
 @pytest.mark.parametrize("cell", AFFINE)
@@ -109,6 +133,30 @@ def test_summaries_of_no_use(place, order, resident, monkeypatch):
         for name, wanted in results[n_states, 0].items():
             assert np.isfinite(wanted).all()
             assert results[n_states, 1][name].tobytes() == wanted.tobytes(), name
+
+
+def overflowing(L: int, d: int) -> recurrence.Operands:
+    """Each channel is 0 where its gates are so large, once or more, that their product over 2 steps is infinite."""
+    given, rng = growing(1, "float32")[0], np.random.default_rng(7)
+    u = rng.normal(size=(L, 2, 2, 2, d)).astype("float32")
+    u[..., 0, :] = 0.5
+    for b, q, j in np.ndindex(2, 2, d):
+        for k in rng.integers(1, L // 2 - 1, size=1 + j % 3):
+            u[2 * k - 2 : 2 * k + 4, b, q, :, j] = 0
+            u[2 * k : 2 * k + 2, b, q, 0, j] = 1e25
+    return dataclasses.replace(given, arrays={"u": u}, c0=[np.zeros((2, 2, d), "float32")])
+
+
+def test_summaries_of_no_use_to_some_lanes(place, monkeypatch):
+    """Those beside them wait, too, so that all lanes of a warp look at the same flags."""
+    given, results = overflowing(160, 37), {}
+    for form, (order, resident) in [(0, (0, 2)), *((1, it) for it in SCHEDULES)]:
+        monkeypatch.setenv("SRU_RT_PLAN", f"chunk=2,threads=32,lookahead={form}")
+        schedule(monkeypatch, order, resident)
+        h, last, _ = recurrence.forward(at_place(place, given))
+        results[form, order, resident] = Result(*place.get((h, last[0])), {})
+    assert np.isfinite(results[0, 0, 2].h).all()
+    same(results)
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -151,6 +199,21 @@ PLANTED = {
         "    if (is_last) return;\n    for (int i = 0; i < n; i++) after[i] = state[i];\n",
         "differ in",
     ),
+    "take a state from beyond": ("mine < chunk ?", "mine < count ?", "differ in"),
+    "take the state behind the last": ("seen.skip(warp - 1 - __clz", "seen.skip(warp - __clz", "differ in"),
+    "count chunks without what is known of them": (
+        "from += chunks, summaries >>= chunks,",
+        "from += chunks,",
+        "differ in",
+    ),
+    "let lanes without a channel go": (
+        "    if (chunk)\n      column.look_ahead",
+        "    if (chunk && at.idle)\n      __nanosleep(0);\n    else if (chunk)\n      column.look_ahead",
+        "deadlock|meets|returned",
+    ),
+    "let each lane go on": ("by = all ? 0 : warp / 2", "by = 0", "differ in|deadlock|returned"),
+    "go on as the quickest lane": ("done = min(done, __shfl", "done = max(done, __shfl", "differ in"),
+    "ask no other lane": ("__all_sync(~0u, done == ready)", "done == ready", "deadlock|meets|returned"),
     "do not wait for the first state": ("bool wants_state = true;  //", "bool wants_state = false;  //", "differ in"),
 }
 
@@ -173,19 +236,19 @@ def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
     monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
     problem = random_problem("float32", 41, 2, 2, 40)
     problem.arrays["v"] = None
-    grows = growing(1, "float32")[0]
+    grows, overflows = growing(1, "float32")[0], overflowing(160, 37)
 
     def usual() -> tuple[Any, Any]:
         monkeypatch.setenv("SRU_RT_PLAN", f"chunk=2,threads=32,lookahead={form}")
-        return sru_rt.sru_recurrence(**place.put(problem.arrays), time_parallel=True)
+        return launched_before(place, monkeypatch, problem)
 
-    def useless() -> tuple[Any, Any]:
-        monkeypatch.setenv("SRU_RT_PLAN", f"chunk=66,threads=32,lookahead={form}")
-        h, last, _ = recurrence.forward(at_place(place, grows))
+    def useless(given: recurrence.Operands, chunk: int) -> tuple[Any, Any]:
+        monkeypatch.setenv("SRU_RT_PLAN", f"chunk={chunk},threads=32,lookahead={form}")
+        h, last, _ = recurrence.forward(at_place(place, given))
         return h, last[0]
 
     with pytest.raises((RuntimeError, AssertionError), match=PLANTED[bug][2]):
-        for forward in (usual, useless):
+        for forward in (usual, lambda: useless(grows, 66), lambda: useless(overflows, 2)):
             results = {}
             for form, (order, resident) in [(0, (0, 2)), *((1, it) for it in SCHEDULES)]:
                 schedule(monkeypatch, order, resident)

@@ -40,18 +40,9 @@ SRU_PTX void release_flag(unsigned int *p, unsigned int value, EMU_SITE) {
   emu::check_address(site, p, alignof(unsigned int), emu::Space::global);
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
-SRU_PTX unsigned int look_at(const unsigned int *p, EMU_SITE) {
+SRU_PTX unsigned int acquire_flag(const unsigned int *p, EMU_SITE) {
   emu::check_address(site, p, alignof(unsigned int), emu::Space::global);
-  return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-template <int n>
-SRU_PTX void acquire_flags(const unsigned int *p, long long count, unsigned int *values, EMU_SITE) {
-  for (int i = 0; i < n; i++) {
-    values[i] = 0;
-    if (i >= count) continue;
-    emu::check_address(site, p + i, alignof(unsigned int), emu::Space::global);
-    values[i] = __atomic_load_n(p + i, __ATOMIC_ACQUIRE);
-  }
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

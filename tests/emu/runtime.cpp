@@ -30,6 +30,9 @@ namespace {
 constexpr int warp_size = 32;
 constexpr size_t arena_bytes = 1 << 20, red_zone = 64;
 constexpr int idle_passes_allowed = 10000;
+// Of a warp that waits for a value in memory: the most times that a lane is run from one __nanosleep() to the next. In
+// between it may exchange what the lanes have seen.
+constexpr int runs_of_a_wait = 8;
 
 enum class State { ready, at_barrier, at_exchange, done };
 
@@ -41,8 +44,8 @@ struct Thread {
   uint3 index{};
   int number = 0;
   State state = State::done;
-  Site site{};  // where it waits, or waited last
-  bool spins = false;
+  Site site{};   // where it waits, or waited last
+  int runs = 0;  // since its last __nanosleep(), or many
 
   // The warp operation that it takes part in.
   WarpCall call{};
@@ -377,6 +380,7 @@ void start_thread(Thread *t, Block *b, int number) {
   t->index = {n % size[0], n / size[0] % size[1], n / size[0] / size[1]};
   t->state = State::ready;
   t->site = {};
+  t->runs = runs_of_a_wait + 1;
   t->copies.clear();
   t->group = 0;
   t->fiber.prepare(thread_main);
@@ -415,14 +419,14 @@ void run_block(Block *b, Pass &pass) {
   if (is_descending()) std::reverse(ready.begin(), ready.end());
   if (is_random()) shuffle(ready);
   for (Thread *t : ready) {
-    t->spins = false;
+    t->runs += t->runs <= runs_of_a_wait;
     launching.current = t;
     here.thread = t->index;
     here.block = b->index;
     Fiber::change(launching.caller, t->fiber);
     if (!launching.error.empty()) return;
     pass.moved = true;
-    pass.all_spin &= t->spins;
+    pass.all_spin &= t->runs <= runs_of_a_wait;
   }
 }
 
@@ -686,7 +690,7 @@ void fence() {
 
 void let_others_run() {
   Thread *mine = launching.current;
-  mine->spins = true;
+  mine->runs = 0;
   wait(mine);
 }
 
