@@ -41,9 +41,10 @@ _RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48, "settle
 # Steps by which a chunk of time begins earlier where it has to guess a state, for each byte of a number of the state:
 # 256 in float32. After them SRUs with |v| up to 1.22 and forget biases up to 2 have forgotten all bits of a wrong one.
 _WARM_UP = 64
-# Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring that
-# is too deep costs less than one that is not deep enough.
-_CAUTION = 1.5
+# Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring of
+# registers that is too deep costs less than one that is not deep enough. In shared memory, more copies under way than
+# are needed were found to cost some 5 %.
+_CAUTION, _CAUTION_IN_SHARED = 1.5, 1.25
 _COPIES_SINCE = 80  # the first architecture with asynchronous copies
 _FEW = 192  # channels of a multiprocessor, below which pairs would leave too few warps
 _ALIKE = 1.02  # predictions that count as the same
@@ -187,6 +188,7 @@ def batches(row: int, device: Device) -> Iterator[int]:
 def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     """The choice for the load `at`."""
     at, machine = _LOAD_IN_CHUNKS if task.parallel else at, _cautious(arch, multiprocessors)
+    less = _cautious(arch, multiprocessors, _CAUTION_IN_SHARED)
     # Three sweeps of pairs in both directions would have no room in the registers.
     wide = task.pairs and task.block(2) >= THREADS[0] and not (task.parallel and task.sweep == "from pieces")
     found: dict[Choice, float] = {}  # seconds
@@ -199,7 +201,7 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
             if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
                 choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
-                found[choice] = max(_time(machine, choice.kernel(task), at * more).worst / more for more in _LIKE)
+                found[choice] = max(_time(less, choice.kernel(task), at * more).worst / more for more in _LIKE)
     if not found:  # no block has room for the ring that is asked for
         return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())
@@ -240,9 +242,9 @@ def _time(machine: Machine, kernel: predict.Kernel, at: float) -> predict.Time:
 
 
 @cache
-def _cautious(arch: int, multiprocessors: int) -> Machine:
+def _cautious(arch: int, multiprocessors: int, factor: float = _CAUTION) -> Machine:
     found = usual(arch, multiprocessors)
-    return replace(found, latency=_CAUTION * found.latency)
+    return replace(found, latency=factor * found.latency)
 
 
 def _threads(task: Task, packs: float, machine: Machine) -> int:
