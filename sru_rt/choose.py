@@ -15,7 +15,7 @@ from typing import NamedTuple
 from . import costs, predict
 from .cell import Cell
 from .dtypes import state_dtype
-from .machine import SCHEDULERS, Device, Machine, usual
+from .machine import Device, Machine, usual
 from .shared_memory import (
     LAP,
     ring_bytes,
@@ -220,7 +220,7 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
 
 
 def _threads_in_shared(packs: float) -> int:
-    """Blocks of two warps read longer lines of memory at once, where there are enough of them for each multiprocessor."""
+    """Blocks of two warps read longer lines at once, where there are enough of them for each multiprocessor."""
     return THREADS[1] if packs >= THREADS[1] else THREADS[0]
 
 

@@ -71,7 +71,7 @@ def sweep(
         refills=2 if twice else int(staged == 1),
         every=max(1, every),
         threads=threads,
-        registers=_staged_registers(variant, width)
+        registers=_lap_registers(variant, forward, width, ring=laps > 0)
         if staged or laps
         else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
@@ -202,9 +202,12 @@ def _registers(
     return min(255, round(50 + 1.1 * ring + 14 * (width - 1)))
 
 
-def _staged_registers(variant: Variant, width: int) -> int:
-    """Of a lap, in which rows are read as they are needed, whatever its steps."""
-    return 50 + 6 * _words(read(variant, False, keep=2), width)
+def _lap_registers(variant: Variant, forward: bool, width: int, ring: bool) -> int:
+    """Of a lap, in which rows are read from shared memory as they are needed, whatever its steps."""
+    words = _words(read(variant, forward, keep=1 if ring else 2), width)
+    if not ring:
+        return 50 + 6 * words
+    return 38 + 6 * words if forward else 40 + 7 * words
 
 
 @lru_cache(maxsize=1024)
@@ -249,7 +252,7 @@ def path(cell: Cell, forward: bool, again: bool) -> int:
     """Clocks from what a step reads to all that it gives, of which a backward may have to recompute the state first."""
     formula = cell.formula
     steps = [[*formula.new_state, formula.h] if forward else [*formula.gradient.values()]]
-    steps += [formula.new_state] if again else []
+    steps += [[*formula.new_state]] if again else []
     return sum(_longest(set(), results, of_all=True) for results in steps)
 
 

@@ -238,6 +238,20 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         "plain",
         Way("threads=32,width=1,depth=2", save=5),
     ),
+    "ring": (
+        FULL["minlstm"] | {"dtype": "float32"},
+        (19, 3, 32),
+        2,
+        "all",
+        Way("threads=32,laps=2"),
+    ),
+    "ring_of_pairs": (
+        FULL["sru"] | {"dtype": "bfloat16"},
+        (29, 2, 64),
+        1,
+        "lengths",
+        Way("threads=32,width=2,laps=3"),
+    ),
     "per_step": (
         FULL["sru"] | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},
         (6, 2, 5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -56,16 +57,25 @@ class Event:
 
 
 class Pool:
-    """Of memory; each call of total_bytes() finds 1000 more."""
+    """Of memory, in which 1000 bytes are found."""
 
-    total = 0
+    current: Any = None  # whose malloc() the library calls
+
+    def malloc(self) -> None:
+        pass
 
     def total_bytes(self) -> int:
-        Pool.total += 1000
-        return Pool.total
+        return 1000
 
     def free_all_blocks(self) -> None:
         pass
+
+
+@contextlib.contextmanager
+def using_allocator(malloc: Any) -> Iterator[None]:
+    before, Pool.current = Pool.current, malloc.__self__
+    yield
+    Pool.current = before
 
 
 @pytest.fixture
@@ -76,7 +86,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with fake_cupy.installed(monkeypatch) as cupy:
         facts = cupy.cuda.runtime.getDeviceProperties(0) | {"l2CacheSize": 2_000}
         add = {
-            cupy.cuda: {"Stream": Stream, "Event": Event, "get_elapsed_time": lambda begin, end: 0.1},
+            cupy.cuda: {
+                "Stream": Stream,
+                "Event": Event,
+                "get_elapsed_time": lambda begin, end: 0.1,
+                "MemoryPool": Pool,
+                "using_allocator": using_allocator,
+            },
             cupy.cuda.runtime: {
                 "getDeviceProperties": lambda device: facts,
                 "memcpyAsync": lambda *_: None,
@@ -292,11 +308,21 @@ def test_every_set_has_its_turn(gpu: Any) -> None:
     clock, three = clocks.CuPyClock(), [lambda i=i: calls.append(i) for i in range(3)]
     found = clock.facts("row", three)
     assert (found["launched"], found["peak_mb"]) == ("as a graph", 0.001) and found["host_us"] > 0
-    turns = [0, 0, *([0, 1, 2] * 14)]  # twice for its memory; to compile and load, then a graph of 21
+    turns = [0, *([0, 1, 2] * 14)]  # once for its memory; to compile and load, then a graph of 21
     assert calls[: len(turns)] == turns
     del calls[:]
     assert clock.block("row", three, 3.1e-4) == pytest.approx([1e-4 / 21] * 3)
     assert calls == []
+
+
+def test_each_graph_has_memory_of_its_own(gpu: Any) -> None:
+    """Else what one call of a row frees is given back, or to another row, and its graph writes there all the same."""
+    clock, used = clocks.CuPyClock(), []
+    for row in range(2):
+        clock.facts(row, [lambda: used.append(Pool.current)])
+    memory = [pool for pool in dict.fromkeys(used) if pool]
+    assert len(memory) == 4  # of a peak and of a graph, for each row
+    assert {replay.args[0].__defaults__[0] for replay, _ in clock._replays.values()} == {memory[1], memory[3]}
 
 
 def test_what_cannot_be_captured_is_launched_one_by_one(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +395,9 @@ def test_a_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "--device", "gpu", "--part", "cells", "--shape", "2048,16,1024"]) == 0
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if "bfloat16 (2048, 16, 1024) SRU by sru_rt, forward:" in line)
-    plan = "1 x 32 threads, 32 ahead"
-    assert line.endswith(f": 10 B/element; on an H200 {command.plan_of(_first(), FORWARD, Device(90, 132))}")
-    assert plan.split()[1:3] == line.split()[-5:-3]
+    plan = command.plan_of(_first(), FORWARD, Device(90, 132))
+    assert plan == "1 x 64 threads, 24 ahead, through shared memory"
+    assert line.endswith(f": 10 B/element; on an H200 {plan}")
     assert lines[-1].endswith("of 1 parts")
 
 

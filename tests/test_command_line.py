@@ -246,7 +246,7 @@ def test_short_sequences(monkeypatch, nvrtc, new_process):
     assert found[6] != found[40] == warmed(*base)
 
 
-@pytest.mark.parametrize("how, length", [("auto", 3000), ("auto", 200), ("yes", 200), ("no", 3000)])
+@pytest.mark.parametrize("how, length", [("auto", 3000), ("auto", 70), ("yes", 200), ("no", 3000)])
 @pytest.mark.parametrize("cell, save", [("sru_no_v", 3), ("sru", 3), ("sru", True)])
 def test_calls_in_parallel_over_time(cell, save, how, length, monkeypatch, nvrtc, new_process):
     how_called = {"auto": "auto", "yes": True, "no": False}[how]
@@ -258,7 +258,7 @@ def test_calls_in_parallel_over_time(cell, save, how, length, monkeypatch, nvrtc
     cut = (how, length) in (("auto", 3000), ("yes", 200))
     assert {(p.forward, p.parallel) for _, p, _ in wanted} == {(True, cut), (False, cut)}
     short = looked_for(monkeypatch, functools.partial(layer, cell, "float32", 5, 2, 16, save=save))
-    assert wanted | short == warmed(*base, "--batch", "2") or length == 200
+    assert wanted | short == warmed(*base, "--batch", "2") or length < 3000
     assert {(v, replace(p, B=0), a) for v, p, a in wanted | short} <= warmed(*base)
 
 
@@ -555,7 +555,7 @@ def test_a_user_warms_a_cache(real_nvrtc, folder, capsys):
 @pytest.mark.parametrize("arch", (75, 90, 120))
 def test_registers_are_those_of_the_log(arch, real_nvrtc, new_process):
     call = Call(CELLS["sru"], "float32", 1, 64, every=1)
-    text = compile_gpu.unit(call.variant, call.plan("backward", 2, DEVICE))
+    text = compile_gpu.unit(call.variant, call.plan("backward", 2, replace(DEVICE, arch=arch)))
     code, log = compile_gpu.compile(text, (f"-arch=sm_{arch}", *compile_gpu.FLAGS))
     used = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     assert len(used) == 2 and warm.registers(code) == max(used)

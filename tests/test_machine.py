@@ -90,7 +90,7 @@ def test_pieces_refill_their_rings():
 def ahead(channels: int, steps: int, first: dict, then: dict, **both) -> predict.Time:
     """Of a kernel whose sweeps read or write as `first` and `then` say."""
     kernels = (Kernel(**{"reads": 0, "writes": 0, "depth": 64} | kernel | both) for kernel in (first, then))
-    return predict.looking_ahead(ROUND, *kernels, channels, steps)
+    return predict.looking_ahead(ROUND, *kernels, channels, steps, chunks=1)
 
 
 def test_a_kernel_whose_blocks_look_ahead():
@@ -234,9 +234,9 @@ def test_estimates_beside_the_record():
         if kept not in ("nothing kept", "all states kept", "1 of 32 kept") or not key.endswith("sm_90"):
             continue
         every = {"nothing kept": 0, "all states kept": 1}.get(kept, 32)
-        taken = {k: kernel[k] for k in ("width", "depth", "replay_depth", "threads")}
+        taken = {k: kernel.get(k, 0) for k in ("width", "depth", "replay_depth", "threads", "staged", "laps")}
         variant = Variant(CELLS[name], dtype, state_dtype(dtype))
-        estimate = costs.sweep(variant, direction == "forward", every, **taken, staged=kernel.get("staged", 0))
+        estimate = costs.sweep(variant, direction == "forward", every, **taken)
         assert estimate.special == pytest.approx(kernel["mufu"], abs=0.1), key
         for what, found in off.items():
             found.append(getattr(estimate, what) / kernel[what] - 1)

@@ -113,7 +113,6 @@ PLANTED = {
         "      copies.next();\n      marks.next_lap();",
         "      marks.next_lap();\n      copies.to = here;\n      copies.next();",
     ),
-    "copy beyond the end": ("if (k + Stage::row_of_mine() < left)", "if (left > 0)"),
     "leave out the last row": ("k + Stage::row_of_mine() < left", "k + Stage::row_of_mine() + 1 < left"),
     "copy one row in place of all": ("span.begin + Stage::row_of_mine()", "span.begin"),
     "the same on the way back": ("last - Stage::row_of_mine()", "last"),
@@ -122,7 +121,7 @@ PLANTED = {
         "for (int i = 0; i < Cell::n_state; i++) copy(from.state[i]",
         "for (int i = 0; i < 0; i++) copy(from.state[i]",
     ),
-    "keep the flags of the lap before": ("padded >>= lap, starts_anew >>= lap;", ""),
+    "keep the flags of the lap before": ("padded >>= lap, starts_anew >>= lap;", "padded >>= 0;"),
     "take the flags of the step behind": ("marks.put(row, step + k);", "marks.put(row, step + k + 1);"),
     "do not ask for the next flags": ("from.advance(bits);\n      left -= bits;\n      coming.read(from, left);", ""),
 }

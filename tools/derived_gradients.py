@@ -55,8 +55,7 @@ def count(cell: str, dtype: str, text: str | None = None) -> Count:
         raise RuntimeError(f"the compile unit of {cell} does not hold the emitted text")
     unit = unit.replace(emitted, text or emitted)
     code, log = nvrtc.release(gpu_budget.RELEASE).compile(unit, (f"-arch=sm_{entry.arch}", *compile_gpu.FLAGS))
-    loops = gpu_budget.sweeps(variant, made, "backward")
-    steady = nvrtc.steady(nvrtc.disassemble(code), entry.kernel, loops, made.width * made.D)
+    steady = gpu_budget.steady(nvrtc.disassemble(code), variant, made, entry.kernel)
     return Count(round(steady.instructions - steady.moves, 3), nvrtc.resources(log)[entry.kernel].registers)
 
 

@@ -190,8 +190,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     if entry.arch == 90 and entry.which in SMALL:
         result["instructions"] = nvrtc.instructions(_disassembled(code), entry.kernel)
     elif entry.arch == 90:
-        loops, by = sweeps(variant, made, entry.kernel), "LDS" if made.staged or made.laps else "LDG"
-        result |= asdict(nvrtc.steady(_disassembled(code), entry.kernel, loops, made.width * made.D, by))
+        result |= asdict(steady(_disassembled(code), variant, made, entry.kernel))
     return result
 
 
@@ -200,6 +199,12 @@ def warps(arch: int, kernel: dict[str, Any]) -> int:
     taken = {name: kernel[name] for name in ("threads", "registers", "shared")}
     usual = machine.usual(arch, machine.USUAL_MULTIPROCESSORS[arch])
     return predict.occupancy(usual, predict.Kernel(0, 0, **taken)) * kernel["threads"] // 32
+
+
+def steady(text: str, variant: Variant, made: plan.Plan, kernel: str) -> nvrtc.Steady:
+    """What the loops over time take of a channel and step."""
+    by = "LDS" if made.staged or made.laps else "LDG"
+    return nvrtc.steady(text, kernel, sweeps(variant, made, kernel), made.width * made.D, by)
 
 
 def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:

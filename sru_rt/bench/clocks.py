@@ -154,7 +154,7 @@ class _Gpu(Clock, abc.ABC):
 
 
 class CuPyClock(_Gpu):
-    """A GPU through CuPy."""
+    """A GPU through CuPy. Each graph has memory of its own, as long as it lives: its launches write there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,20 +167,18 @@ class CuPyClock(_Gpu):
         self.cupy.cuda.Device().synchronize()
 
     def peak(self, call: Call) -> float | None:
-        pool = self.cupy.get_default_memory_pool()
-        call()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        call()
-        return float(pool.total_bytes() - before)
+        pool = self.cupy.cuda.MemoryPool()
+        with self.cupy.cuda.using_allocator(pool.malloc):
+            call()
+        return float(pool.total_bytes())
 
     def release(self) -> None:
         self.cupy.get_default_memory_pool().free_all_blocks()
 
     def _graph(self, launch: Call) -> Call:
-        stream = self._stream
+        stream, pool = self._stream, self.cupy.cuda.MemoryPool()
         self.synchronize()  # what was filled on another stream is there
-        with stream:
+        with self.cupy.cuda.using_allocator(pool.malloc), stream:
             launch()  # compiles, loads, and fills the pool of memory
             stream.synchronize()
             stream.begin_capture()
@@ -188,7 +186,11 @@ class CuPyClock(_Gpu):
                 launch()
             finally:
                 graph = stream.end_capture()
-        return functools.partial(graph.launch, stream)
+
+        def replay(memory: Any = pool) -> None:
+            graph.launch(stream)
+
+        return replay
 
     def _timed(self, launch: Call) -> float:
         cuda, stream = self.cupy.cuda, self._stream
