@@ -574,14 +574,15 @@ def seconds(sizes, forward, length, one_kernel) -> float:
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("L", [300, 2048, 65536])
 def test_the_fastest_is_taken(L, forward, one_kernel, monkeypatch):
-    """Of all lengths for three kernels; one takes chunks of the one length that has a tile."""
+    """Of all lengths for three kernels; one takes chunks of the one length that has a tile. But that takes longer than it
+    should, so that it has to be faster by more than a little."""
     monkeypatch.setenv("SRU_RT_PLAN", f"lookahead={int(one_kernel)}")
     lengths = (64,) if one_kernel else (64, 128, 256, 512, 1024)
     for B in (1, 4, 16):
         sizes = L, B, 1, 1024
         best = min((n for n in lengths if n < L), key=lambda n: seconds(sizes, forward, n, one_kernel))
         assert chunk(sizes, forward, how=True) == best
-        faster = seconds(sizes, forward, best, one_kernel) < seconds(sizes, forward, 0, one_kernel)
+        faster = seconds(sizes, forward, best, one_kernel) < 0.7 * seconds(sizes, forward, 0, one_kernel)
         assert chunk(sizes, forward) == (best if faster else 0)
 
 
