@@ -7,15 +7,14 @@ otherwise a clean run of the sources themselves says nothing.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import planted
 from emu import emulator
-from sru_rt import source
 
 pytestmark = pytest.mark.slow
 
@@ -326,19 +325,10 @@ PLANTED = {
 }
 
 
-def planted(job: Job, folder: Path) -> Path:
-    """A copy of the sources with the bug in it."""
-    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda"))
-    text = (copy / job.file).read_text()
-    assert text.count(job.old) == 1, f"{job.old!r} does not stand in {job.file} exactly once; plant the bug anew"
-    (copy / job.file).write_text(text.replace(job.old, job.new))
-    return copy
-
-
 def start(job: Job, folder: Path) -> tuple[int, str]:
     command = [str(SCRIPT), *job.cases.split(), "--orders", *map(str, job.orders)]
     if job.old:
-        command += ["--sources", str(planted(job, folder))]
+        command += ["--sources", str(planted.sources(folder, job.file, job.old, job.new))]
     return emulator.run_sanitized(command, job.mode)
 
 

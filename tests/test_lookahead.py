@@ -6,20 +6,17 @@ test_time_parallel.py holds it against the oracle; here it is held against the t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import sru_rt
-from emu import fake_cupy
 from gpu_places import Place, Result, forget_kernels, judge, random_problem, run, same
+from planted import plant
 from problems import Problem
-from sru_rt import launch_gpu, recurrence, shared_memory, source
+from sru_rt import launch_gpu, recurrence, shared_memory
 from test_time_parallel import AFFINE, CELLS, at_place, both, growing
 
 pytestmark = pytest.mark.kernels
@@ -218,22 +215,11 @@ PLANTED = {
 }
 
 
-def planted(bug: str, folder: Path) -> Path:
-    """A copy of the sources with the bug in it."""
-    old, new, _ = PLANTED[bug]
-    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda")) / "gpu_lookahead.h"
-    text = copy.read_text()
-    assert text.count(old) == 1, f"{old!r} does not stand in {copy.name} exactly once; plant the bug anew"
-    copy.write_text(text.replace(old, new))
-    return copy.parent
-
-
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.parametrize("place", ["emulated"], indirect=True)
 def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
     """By comparison with the three kernels, over schedules."""
-    monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
-    monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
+    plant(monkeypatch, tmp_path, "gpu_lookahead.h", *PLANTED[bug][:2])
     problem = random_problem("float32", 41, 2, 2, 40)
     problem.arrays["v"] = None
     grows, overflows = growing(1, "float32")[0], overflowing(160, 37)

@@ -574,8 +574,8 @@ def seconds(sizes, forward, length, one_kernel) -> float:
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("L", [300, 2048, 65536])
 def test_the_fastest_is_taken(L, forward, one_kernel, monkeypatch):
-    """Of all lengths for three kernels; one takes chunks of the one length that has a tile. But that takes longer than it
-    should, so that it has to be faster by more than a little."""
+    """Of all lengths for three kernels; one takes chunks of the one length that has a tile. But they take longer than
+    predicted, so that they have to be faster by more than a little."""
     monkeypatch.setenv("SRU_RT_PLAN", f"lookahead={int(one_kernel)}")
     lengths = (64,) if one_kernel else (64, 128, 256, 512, 1024)
     for B in (1, 4, 16):

@@ -5,18 +5,15 @@ Copies are made as early as may be in odd orders of the emulation, as late as ma
 
 from __future__ import annotations
 
-import functools
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from emu import fake_cupy
-from gpu_places import Place, Result, forget_kernels, judge, random_problem, run, same
+from gpu_places import Place, Result, judge, random_problem, run, same
+from planted import plant
 from problems import CELLS, DTYPES, FULL, LAYOUTS, Problem
-from sru_rt import plan, source
+from sru_rt import plan
 
 pytestmark = pytest.mark.kernels
 
@@ -127,23 +124,11 @@ PLANTED = {
 }
 
 
-def planted(bug: str, folder: Path) -> Path:
-    """A copy of the sources with the bug in it."""
-    old, new = PLANTED[bug]
-    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda")) / "gpu_ring.h"
-    text = copy.read_text()
-    assert text.count(old) == 1, f"{old!r} does not stand in {copy.name} exactly once; plant the bug anew"
-    copy.write_text(text.replace(old, new))
-    return copy.parent
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.parametrize("place", ["emulated"], indirect=True)
 def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
-    monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
-    forget_kernels()
+    plant(monkeypatch, tmp_path, "gpu_ring.h", *PLANTED[bug])
     # Ballots of flags would have threads wait for others as well.
     problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (75, 3, 64), 1, "all" if "flag" in bug else "lengths")
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA_ERROR|differ in"):

@@ -6,11 +6,8 @@ results have the bits of a product and a recurrence apart.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +18,9 @@ import sru_rt
 import tolerance
 from emu import fake_cupy
 from gpu_places import Place, forget_kernels, unchanged
+from planted import plant
 from problems import CELLS, FULL, LAYER_ROWS, LAYOUTS, Problem, name_of
-from sru_rt import calls, launch_gpu, machine, on_cupy, one_launch, plan, small, source
+from sru_rt import calls, launch_gpu, machine, on_cupy, one_launch, plan, small
 from sru_rt.cells import named_cells
 from sru_rt.errors import LibraryError
 from sru_rt.variant import Variant
@@ -402,22 +400,11 @@ PLANTED = {
 }
 
 
-def planted(bug: str, folder: Path) -> Path:
-    """A copy of the sources with the bug in it."""
-    old, new = PLANTED[bug]
-    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda")) / "gpu_small.h"
-    text = copy.read_text()
-    assert text.count(old) == 1, f"{old!r} does not stand in {copy.name} exactly once; plant the bug anew"
-    copy.write_text(text.replace(old, new))
-    return copy.parent
-
-
 @kernels
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.parametrize("place", ["emulated"], indirect=True)
 def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
-    monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
+    plant(monkeypatch, tmp_path, "gpu_small.h", *PLANTED[bug])
     sizes = {"minlstm": (70, 1, 34), "sru": (70, 1, 64)}
     problems = [of_integers(FULL[cell] | {"dtype": "bfloat16"}, size, 2, "plain") for cell, size in sizes.items()]
     monkeypatch.setenv("SRU_RT_PLAN", "small=0")

@@ -5,18 +5,15 @@ Copies are made as early as may be in odd orders of the emulation, as late as ma
 
 from __future__ import annotations
 
-import functools
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from emu import fake_cupy
-from gpu_places import Place, Result, forget_kernels, judge, random_problem, run, same
+from gpu_places import Place, Result, judge, random_problem, run, same
+from planted import plant
 from problems import CELLS, DTYPES, FULL, LAYOUTS, Problem
-from sru_rt import plan, source
+from sru_rt import plan
 
 pytestmark = pytest.mark.kernels
 
@@ -152,23 +149,11 @@ PLANTED = {
 }
 
 
-def planted(bug: str, folder: Path) -> Path:
-    """A copy of the sources with the bug in it."""
-    old, new = PLANTED[bug]
-    copy = Path(shutil.copytree(source.cuda_dir(), folder / "cuda")) / "gpu_stage.h"
-    text = copy.read_text()
-    assert text.count(old) == 1, f"{old!r} does not stand in {copy.name} exactly once; plant the bug anew"
-    copy.write_text(text.replace(old, new))
-    return copy.parent
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.parametrize("place", ["emulated"], indirect=True)
 def test_a_planted_bug_is_found(place, bug, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake_cupy, "CUDA_SOURCES", planted(bug, tmp_path))
-    monkeypatch.setattr(fake_cupy, "_emulated", functools.cache(fake_cupy._emulated.__wrapped__))
-    forget_kernels()
+    plant(monkeypatch, tmp_path, "gpu_stage.h", *PLANTED[bug])
     # By warps with flags, and by neighbours and warps without: ballots would have threads wait for others as well.
     for d, layout in [(64, "all")] if "flag" in bug else [(10, "plain"), (64, "lengths")]:
         problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (23, 3, d), 1, layout)
