@@ -322,7 +322,7 @@ def test_each_graph_has_memory_of_its_own(gpu: Any) -> None:
         clock.facts(row, [lambda: used.append(Pool.current)])
     memory = [pool for pool in dict.fromkeys(used) if pool]
     assert len(memory) == 4  # of a peak and of a graph, for each row
-    assert {replay.args[0].__defaults__[0] for replay, _ in clock._replays.values()} == {memory[1], memory[3]}
+    assert {replay.args[0].args[2] for replay, _ in clock._replays.values()} == {memory[1], memory[3]}
 
 
 def test_what_cannot_be_captured_is_launched_one_by_one(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
