@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import abi, cache, settings, source
+from . import abi, cache, processor, settings, source
 from .cell import Cell
 from .emit import emit, struct_name
 from .errors import ArgumentError, CacheError, CompileError
@@ -126,14 +126,13 @@ def _run(command: list[str]) -> tuple[int, str]:
 @functools.cache
 def _machine() -> str:
     """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
-        kept = [
-            s for s in lines if s.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part", "vendor_id")
-        ]
-    except OSError:
-        kept = []
-    return "\n".join([sys.platform, platform.machine(), *kept])
+    known = processor.described()
+    named = (
+        f"{name}: {known[name]}"
+        for name in ("vendor_id", "model name", "flags", "Features", "CPU part")
+        if name in known
+    )
+    return "\n".join([sys.platform, platform.machine(), *named])
 
 
 def load(unit: str, *entries: str) -> ctypes.CDLL:

@@ -18,7 +18,7 @@ import pytest
 
 from sru_rt import memory
 from sru_rt.__main__ import main
-from sru_rt.bench import child, clocks, contestants, parts, problem, report, rows, runner
+from sru_rt.bench import child, clocks, contestants, parts, problem, record, report, rows, runner
 from sru_rt.bench.contest import Contestant, LeftOut, Place
 from sru_rt.bench.contestants import BY_NAME, in_arrays
 from sru_rt.bench.problem import BACKWARD, BOTH, FORWARD, Problem, errors, fault, reference
@@ -393,6 +393,13 @@ def test_a_process_that_dies_leaves_its_rows_out(here: None, monkeypatch: pytest
 
 
 @pytest.mark.slow
+def test_what_is_set_of_libraries_that_compute_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    monkeypatch.setenv("SRU_RT_CACHE_DIR", "/somewhere")
+    settings = record.machine()["set"]
+    assert settings["OPENBLAS_CORETYPE"] == "Haswell" and "SRU_RT_CACHE_DIR" not in settings
+
+
 def test_the_command(tmp_path: Path) -> None:
     """A quick run in processes of its own, tables and pictures of it, and what it refuses."""
 

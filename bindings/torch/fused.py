@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...passes import ARRAYS, Call
-from . import autograd, native
+from . import autograd, native, products
 from .native import Operands
 from .projection import matrix
 
@@ -81,8 +81,8 @@ def _with_x(x: Tensor, of_factor: Sequence[int], others: Operands, highway: int 
 
 def _forward(call: Call, plan: _Plan, x: Tensor, factor: Tensor, others: Operands) -> tuple[Any, ...]:
     """h, the last states, the states that are kept, U, and W as a matrix (n, D*k*d)."""
-    w, u = matrix(factor), native.empty(x, plan.shape)
-    torch.mm(x.view(-1, x.shape[2]), w, out=u.view(-1, w.shape[1]))
+    w = matrix(factor)
+    u = products.times(x.view(-1, x.shape[2]), w).view(plan.shape)
     o = (u, *_with_x(x, factor.shape, others, plan.highway))
     return *native.forward(plan.recurrence, call.constants, o), u, w
 
@@ -121,7 +121,7 @@ class _Layer(Function):
         if du is not None:
             du = du.reshape(-1, w.shape[1])
             dx = _gradient_of_x(x, du, w, through_highway, in_place) if needs_x else None
-            dfactor = _gradient_of_factor(rows, du, w, factor) if needs_factor else None
+            dfactor = _gradient_of_factor(rows, du, w, factor, in_place) if needs_factor else None
         return None, None, dx, dfactor, *found
 
 
@@ -133,18 +133,19 @@ _apply: Any = super(Function, _Layer).apply
 def _gradient_of_x(x: Tensor, du: Tensor, w: Tensor, through_highway: Tensor | None, in_place: bool) -> Tensor:
     """dU times W, added to the gradient through a highway; both may be written to if `in_place`."""
     if through_highway is None:
-        if not in_place:
-            return torch.mm(du, w.t()).view(x.shape)
-        dx = native.empty(x, x.shape)
-        torch.mm(du, w.t(), out=dx.view(-1, x.shape[2]))
-        return dx
+        return (products.times(du, w.t()) if in_place else torch.mm(du, w.t())).view(x.shape)
     rest = through_highway.reshape(-1, x.shape[2])
-    return (rest.addmm_(du, w.t()) if in_place else torch.addmm(rest, du, w.t())).view(x.shape)
+    return (products.add_times(rest, du, w.t()) if in_place else torch.addmm(rest, du, w.t())).view(x.shape)
 
 
-def _gradient_of_factor(rows: Tensor, du: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+def _gradient_of_factor(rows: Tensor, du: Tensor, w: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """In the layout of the matrix, so that it need not be turned for a parameter that has it."""
     D, k, d, n = factor.shape
+    transposed_times = products.transposed_times if in_place else _transposed_times
     if w.stride(0) == 1:
-        return torch.mm(du.t(), rows).view(factor.shape)
-    return torch.mm(rows.t(), du).view(n, D, k, d).permute(1, 2, 3, 0)
+        return transposed_times(du, rows).view(factor.shape)
+    return transposed_times(rows, du).view(n, D, k, d).permute(1, 2, 3, 0)
+
+
+def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a.t(), b)

@@ -14,11 +14,13 @@ import numpy as np
 
 import sru_rt
 
-from .. import compile_gpu, probes
+from .. import compile_gpu, probes, processor
 
 ROOT = Path(sru_rt.__file__).resolve().parents[1]  # of a checkout
 LIBRARIES = r"accelerated.scan|cupy.*|fla-core|flash-linear-attention|jax|jaxlib|minGRU.pytorch|ml_dtypes|numpy"
 LIBRARIES += r"|nvidia-(cublas|cudnn|cuda-nvrtc|cuda-runtime).*|sru|torch|triton"
+# Variables that say how many threads there are, and which instructions and kernels are used.
+_SETTINGS = r"(ATEN|DNNL|GOMP|KMP|MKL|OMP|ONEDNN|OPENBLAS|SRU_RT|XLA)_(?!CACHE)"
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -39,10 +41,17 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.partition("model name")[2].partition("\n")[0].strip(" :\t") or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "caches": caches(), "python": platform.python_version()}
+    """The processor, and what is set of the libraries that compute on it."""
+    known = processor.described()
+    features = set(known.get("flags", "").split())
+    return {
+        "cpu": known.get("model name") or platform.machine(),
+        "simd": next((name for name in ("avx512f", "avx2") if name in features), "unknown"),
+        "cores": os.cpu_count(),
+        "caches": caches(),
+        "set": {name: os.environ[name] for name in sorted(os.environ) if re.match(_SETTINGS, name)},
+        "python": platform.python_version(),
+    }
 
 
 def caches() -> dict[str, int]:

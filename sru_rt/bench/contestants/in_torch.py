@@ -116,7 +116,7 @@ def _mingru(problem: Problem) -> Any:
 
 
 class ProductsOfTorch(Products):
-    """The same in PyTorch, into tensors that exist."""
+    """The same in PyTorch, as layers form them there."""
 
     name = "products of PyTorch"
     process = "torch"
@@ -126,21 +126,23 @@ class ProductsOfTorch(Products):
         return super().passes(problem, device) if problem.name in ("SRU", "minGRU positive") else ()
 
     def build(self, problem: Problem, place: Place) -> Built:
-        torch, arrays = tensors.start(place), given(problem)
+        tensors.start(place)
+        arrays = given(problem)
         size = arrays["x"].nbytes + arrays["weight"].nbytes
-        made = [_products(torch, problem, arrays) for _ in range(place.sets(size))]
+        made = [_products(problem, arrays) for _ in range(place.sets(size))]
         return Built({which: [calls[which] for calls in made] for which in self.passes(problem, place.device)})
 
 
-def _products(torch: Any, problem: Problem, arrays: dict[str, NDArray]) -> dict[str, Call]:
+def _products(problem: Problem, arrays: dict[str, NDArray]) -> dict[str, Call]:
+    products = importlib.import_module("sru_rt.bindings.torch.products")
     x = tensors.tensor(arrays["x"]).view(-1, problem.width)
     w = tensors.tensor(arrays["weight"]).view(-1, problem.width).t().contiguous()
-    u, dx, dw = x @ w, torch.empty_like(x), torch.empty_like(w)
-    forward = partial(torch.mm, x, w, out=u)
+    u = x @ w
+    forward = partial(products.times, x, w)
 
     def backward() -> None:
-        torch.mm(u, w.t(), out=dx)
-        torch.mm(x.t(), u, out=dw)
+        products.times(u, w.t())
+        products.transposed_times(x, u)
 
     def both() -> None:
         forward()
