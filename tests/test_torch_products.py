@@ -107,7 +107,10 @@ def test_where_onednn_is_faster(vendor, mkl, width, expected, monkeypatch):
     monkeypatch.setattr(processor, "described", lambda: {"vendor_id": vendor} if vendor else {})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    kept: list[bool] = []
+    monkeypatch.setattr(products, "_keep_freed_memory", lambda: kept.append(True))
     assert products._onednn_is_faster.__wrapped__() is expected
+    assert bool(kept) is expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ... import processor
 from . import native
 
 _WORTH_ONEDNN = 1 << 24  # multiplications; preparing for sizes not seen before takes as long as a few million
-_REUSED = 32 << 20  # bytes up to which glibc, by which PyTorch allocates, uses memory again; beyond, pages are fresh
+_REUSED = 31 << 20  # bytes up to which PyTorch's allocations use memory again: see _keep_freed_memory
 _PIECE = 4 << 20  # bytes that are formed at once where they are copied to memory in use
 _ROWS_SUMMED = 1024  # oneDNN turns what it sums along: rows that the caches hold
 
@@ -61,13 +61,25 @@ def _suits_onednn(a: Tensor, b: Tensor, n: int) -> bool:
 @functools.cache
 def _onednn_is_faster() -> bool:
     vendor = processor.described().get("vendor_id", "GenuineIntel")
-    return (
+    found = (
         vendor != "GenuineIntel"
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+    if found:
+        _keep_freed_memory()
+    return found
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what is freed for the next call.
+
+    glibc gives memory back to the system, and takes fresh pages for it again, beyond twice the largest block that was
+    freed so far, but for those of 32 MiB and more. A small layer may spend half of its time in that.
+    """
+    torch.empty(_REUSED, dtype=torch.uint8)
 
 
 def _onednn(a: Tensor, b: Tensor, rest: Tensor | None = None) -> Tensor:
