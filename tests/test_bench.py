@@ -149,6 +149,12 @@ def test_sru_without_its_cuda_code(monkeypatch: pytest.MonkeyPatch) -> None:
         BY_NAME["sru"].made(importlib.import_module("torch"), tiny("cell", "SRU"))
 
 
+def test_sru_is_left_out_of_sequences_that_take_it_minutes() -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    with pytest.raises(LeftOut, match="on the CPU beyond 2048 steps"):
+        BY_NAME["sru"].made(torch, tiny("cell", "SRU", L=2049))
+
+
 def test_what_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     gone = ("torch", "jax", "sru", "fla", "accelerated_scan", "minGRU_pytorch")

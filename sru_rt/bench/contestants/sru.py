@@ -15,6 +15,8 @@ from . import tensors
 from .in_torch import sru_like
 from .tensors import OnTorch, Subject
 
+_MOST_STEPS = 2048  # on the CPU, where the gradient of each step is written into zeros of the size of all
+
 
 class Sru(OnTorch):
     """`SRUCell`: on the CPU its C++ code without gradients and its Python loop with them, on a GPU its kernels.
@@ -34,6 +36,8 @@ class Sru(OnTorch):
     def made(self, torch: Any, problem: Problem) -> Any:
         if problem.dtype == "bfloat16":
             raise LeftOut("it has no bfloat16")
+        if tensors.device() == "cpu" and problem.L > _MOST_STEPS:
+            raise LeftOut(f"its backward takes minutes or all memory on the CPU beyond {_MOST_STEPS} steps")
         module, failed = _imported()
         if tensors.device() == "cuda" and failed:
             raise LeftOut(f"its CUDA code does not build with torch {torch.__version__}: {failed}")
