@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sru_rt import chunks, costs, decode, machine, one_launch, plan, predict, small
+from sru_rt import chunks, costs, decode, machine, one_launch, overrides, plan, predict, small
 from sru_rt.bench import problem as bench
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
@@ -75,7 +75,7 @@ class Case(NamedTuple):
             in_shared=in_shared,
             laps=LAPS if plan.by_warps(self.dtype, self.d) else (0,),
             most_staged=2 if not self.forward and self.every > 1 and (pairs or ITEMSIZE[self.dtype] > 2) else 0,
-            one_kernel=plan.in_one_kernel(plan.overrides()),
+            one_kernel=overrides.in_one_kernel(overrides.read()),
         )
 
     def kernels(self, card: Machine) -> tuple[int, list[predict.Time]]:

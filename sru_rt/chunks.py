@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from . import costs, plan, predict
+from . import costs, overrides, plan, predict
 from .cell import Cell
 from .choose import LAPS, Choice, Task, choose, load, rounded, shoots, warm_up
 from .dtypes import state_dtype
@@ -56,7 +56,7 @@ def carried(cell: Cell, forward: bool, sizes: tuple[int, int, int, int], chunk: 
     rows, words = n * (n + 1), 0
     if shoots(cell, forward):
         rows = 3 * n
-    elif plan.in_one_kernel(plan.overrides()):
+    elif overrides.in_one_kernel(overrides.read()):
         rows, words = n * (n + 2), count(L, chunk) * D * count(B * d, 32) + 1
     return count(L, chunk) * rows * B * D * d + words
 
@@ -82,8 +82,8 @@ def length(
     """
     if time_parallel is False:
         return 0
-    chosen = plan.overrides()
-    one_kernel = plan.in_one_kernel(chosen)
+    chosen = overrides.read()
+    one_kernel = overrides.in_one_kernel(chosen)
     return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), one_kernel)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from . import chunks, decode, plan, predict, small
+from . import chunks, decode, overrides, predict, small
 from .choose import Task, load
 from .machine import Device, of
 from .traffic import ITEMSIZE
@@ -36,10 +36,10 @@ def taken(variant: Variant, sizes: Sizes, d_in: int, chunk: int, time_parallel: 
     block = possible(variant, sizes[3], d_in, time_parallel, device)
     if block is None or 0 in sizes or decode.has_kernel(variant.dtype, sizes, d_in):
         return False
-    chosen = plan.overrides()
+    chosen = overrides.read()
     if "small" in chosen:
         return bool(chosen["small"])
-    return _pays(variant, block, sizes, d_in, chunk, plan.in_one_kernel(chosen), device)
+    return _pays(variant, block, sizes, d_in, chunk, overrides.in_one_kernel(chosen), device)
 
 
 @lru_cache(maxsize=4096)

@@ -7,10 +7,9 @@ recurrence runs in parallel over time `chunks.py` decides, before there are argu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import abi, decode, layout, settings, shared_memory, small
+from . import abi, decode, layout, overrides, shared_memory, small
 from .choose import LAPS, THREADS, Task, choose, load, shoots, warm_up
 from .errors import ArgumentError, LibraryError
 from .machine import Device
@@ -136,7 +135,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         pairs=pairs,
         one_step=given.L == 1,
         in_shared=key.scratch_in_shared,
-        one_kernel=in_one_kernel(overrides()),
+        one_kernel=overrides.in_one_kernel(overrides.read()),
         tile=tile_steps(given.chunk),
         most_staged=_most_staged(variant, key, given, pairs),
         laps=_laps(variant, key, arguments),
@@ -149,7 +148,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
 
 def _decoding(variant: Variant, arguments: abi.Forward) -> Plan:
     """The plan for one token whose U the kernel forms; the batch size is compiled in."""
-    f, chosen = arguments, overrides()
+    f, chosen = arguments, overrides.read()
     line, depth = decode.reads(variant.dtype, len(variant.cell.gates), f.d_in, f.x, f.weight)
     return replace(
         _static(variant, arguments),
@@ -208,7 +207,7 @@ def _most_staged(variant: Variant, key: Plan, given: abi.Given, pairs: bool) -> 
     recomputes = not key.forward and key.keep > 1 and not key.parallel and given.L > 1
     fits = pairs or ITEMSIZE[variant.dtype] > 2
     flags = not (key.has_mask or key.has_reset) or (key.d % 64 == 0 and given.every <= 64)
-    return overrides().get("staged", 2) if recomputes and fits and flags else 0
+    return overrides.read().get("staged", 2) if recomputes and fits and flags else 0
 
 
 def by_warps(dtype: str, d: int) -> bool:
@@ -218,7 +217,7 @@ def by_warps(dtype: str, d: int) -> bool:
 
 def _laps(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward) -> tuple[int, ...]:
     """How many laps a ring may have; (0,) where rows cannot come through one, 16 bytes at a time and by whole warps."""
-    given, chosen = arguments.given, overrides()
+    given, chosen = arguments.given, overrides.read()
     alone = key.parallel or given.L == 1 or not (key.forward or key.keep == 1)
     states = () if key.forward else arguments.saved
     aligned = not any(p % 16 for p in states) and layout.reads_multiples(variant, arguments, 16)
@@ -231,7 +230,7 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     """What follows from the arguments alone."""
     given = arguments.given
     forward = isinstance(arguments, abi.Forward)
-    chosen, cut = overrides(), given.chunk > 0
+    chosen, cut = overrides.read(), given.chunk > 0
     guesses = cut and shoots(variant.cell, forward)
     wants_gates, wants_inputs = False, 0
     if isinstance(arguments, abi.Backward):
@@ -256,7 +255,7 @@ def _static(variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
         wants_inputs=wants_inputs,
         scratch_in_shared=not forward and given.every > 1 and not needs_scratch(variant, given.every),
         parallel=cut,
-        lookahead=cut and not guesses and in_one_kernel(chosen),
+        lookahead=cut and not guesses and overrides.in_one_kernel(chosen),
         warm_up=chosen.get("warm_up", warm_up(variant)) if guesses else 0,
         saved_in_chunks=isinstance(arguments, abi.Backward) and arguments.saved_chunk > 0 and given.every > 1,
         reduce_reads_state=cut and not forward and reduction_reads_state(variant.cell),
@@ -274,39 +273,9 @@ def _has_own_kernel(variant: Variant, key: Plan, device: Device, B: int) -> bool
     return B in seen
 
 
-def in_one_kernel(chosen: Mapping[str, int]) -> bool:
-    """Whether chunks go through one kernel where steps compose, not three; `chosen` is what SRU_RT_PLAN says."""
-    return bool(chosen.get("lookahead", 1))
-
-
-def overrides() -> dict[str, int]:
-    """What SRU_RT_PLAN says. Raises ArgumentError where it is not understood."""
-    chosen = settings.plan()
-    limits: Mapping[str, Sequence[int]] = {
-        "width": (1, 2),
-        "depth": range(1, 65),
-        "threads": range(32, 1025, 32),
-        "chunk": range(1, 1 << 31),
-        "lookahead": (0, 1),
-        "staged": (0, 1, 2),
-        "laps": (0, *range(2, 17)),
-        "warm_up": range(1, 1 << 31),
-        "decode": (0, 1),
-        "small": (0, 1),
-    }
-    for name, value in chosen.items():
-        if name not in limits or value not in limits[name]:
-            raise ArgumentError(
-                f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, laps=0 or 2..16, warm_up=1 or more, decode=0 or "
-                "1, small=0 or 1, separated by commas"
-            )
-    return chosen
-
-
 def _overridden(made: Plan, variant: Variant, arguments: abi.Forward | abi.Backward) -> Plan:
     """The plan with what SRU_RT_PLAN says."""
-    chosen = overrides()
+    chosen = overrides.read()
     depth = chosen.get("depth")
     made = replace(
         made,
