@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sru_rt.bindings.torch import QRNN, SRUCell, products
 
 from sru_rt import processor
 from torch_tools import torch
+
+pytestmark = pytest.mark.usefixtures("new_plans")
+
+from sru_rt.bindings.torch import QRNN, SRUCell, products  # noqa: E402  (needs PyTorch)
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 WAYS = [False, pytest.param(True, marks=needs_onednn)]
