@@ -19,7 +19,7 @@ from problems import Problem
 
 jax = pytest.importorskip("jax", reason="needs JAX")
 
-import jax.numpy as jnp  # noqa: E402  (needs JAX)
+import jax.numpy as jnp
 
 SETTINGS = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
 

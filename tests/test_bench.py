@@ -398,7 +398,6 @@ def test_a_process_that_dies_leaves_its_rows_out(here: None, monkeypatch: pytest
     assert all(row["fault"] == "left out: its process ended (it was killed)" for row in found)
 
 
-@pytest.mark.slow
 def test_what_is_set_of_libraries_that_compute_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     monkeypatch.setenv("SRU_RT_CACHE_DIR", "/somewhere")
@@ -406,6 +405,7 @@ def test_what_is_set_of_libraries_that_compute_is_recorded(monkeypatch: pytest.M
     assert settings["OPENBLAS_CORETYPE"] == "Haswell" and "SRU_RT_CACHE_DIR" not in settings
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A quick run in processes of its own, tables and pictures of it, and what it refuses."""
 

@@ -6,10 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sru_rt.bindings.torch import SRU, SRUCell  # noqa: E402
-from sru_rt.bindings.torch.checkpoints import convert  # noqa: E402
+from sru_rt.bindings.torch import SRU, SRUCell
+from sru_rt.bindings.torch.checkpoints import convert
 
-from sru_rt.errors import ArgumentError  # noqa: E402
+from sru_rt.errors import ArgumentError
 
 L, B, N, D = 5, 3, 7, 8  # the last two: sizes of x and h
 

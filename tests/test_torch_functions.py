@@ -25,7 +25,7 @@ from torch_tools import array, run, tensor, torch
 pytest_plugins = ()
 pytestmark = pytest.mark.usefixtures("poisoned_tensors", "new_plans")
 
-from sru_rt.bindings import torch as binding  # noqa: E402  (needs PyTorch)
+from sru_rt.bindings import torch as binding
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Results and gradients

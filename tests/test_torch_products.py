@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch_tools import torch
 
 pytestmark = pytest.mark.usefixtures("new_plans")
 
-from sru_rt.bindings.torch import QRNN, SRUCell, products  # noqa: E402  (needs PyTorch)
+from sru_rt.bindings.torch import QRNN, SRUCell, products
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 WAYS = [False, pytest.param(True, marks=needs_onednn)]
@@ -28,7 +27,7 @@ def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The shapes that oneDNN is given."""
     found: list[Any] = []
     onednn = products._onednn

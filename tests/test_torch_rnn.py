@@ -13,8 +13,8 @@ import tolerance
 
 torch = pytest.importorskip("torch")
 
-from sru_rt.bindings.torch import QRNN, RNN, MinGRU, MinLSTM, QRNNState  # noqa: E402
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+from sru_rt.bindings.torch import QRNN, RNN, MinGRU, MinLSTM, QRNNState
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 LAYOUTS = {
     "plain": {},

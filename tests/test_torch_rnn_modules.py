@@ -17,8 +17,8 @@ from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError
 
 torch = pytest.importorskip("torch")
 
-from sru_rt.bindings.torch import QRNN, RNN, MinGRU, MinLSTM  # noqa: E402
-from torch.nn.utils.rnn import pack_sequence  # noqa: E402
+from sru_rt.bindings.torch import QRNN, RNN, MinGRU, MinLSTM
+from torch.nn.utils.rnn import pack_sequence
 
 
 @sru_rt.cell(gates="a n", params="b w", state="c", constants="alpha beta")

@@ -11,12 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sru_rt.bindings.torch import SRU, SRUCell  # noqa: E402
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+from sru_rt.bindings.torch import SRU, SRUCell
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import oracle  # noqa: E402
-import tolerance  # noqa: E402
-from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError  # noqa: E402
+import oracle
+import tolerance
+from sru_rt.errors import ArgumentError, DtypeError, LibraryError, ShapeError
 
 L, B, N, D = 6, 4, 5, 8  # N and D: sizes of x and h
 LENGTHS = [3, 6, 0, 2]

@@ -21,9 +21,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sru") is None, reason="not installed: sru")
 
-from sru_rt.bindings.torch import SRU, SRUCell  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence  # noqa: E402
+from sru_rt.bindings.torch import SRU, SRUCell
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 # Largest difference over the largest magnitude of the array, after up to three layers. float32: the same sums rounded
 # in another order, which norms of as few as three numbers make up to some hundred times larger. float64 rounds 2**29

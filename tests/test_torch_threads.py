@@ -15,7 +15,7 @@ import sru_rt
 from sru_rt import compile_cpu, launch
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
-from sru_rt.bindings.torch import native  # noqa: E402  (needs PyTorch)
+from sru_rt.bindings.torch import native
 
 OPENMP = "OpenMP" in torch.__config__.parallel_info().partition("ATen parallel backend:")[2]
 pytestmark = [

@@ -13,7 +13,7 @@ from problems import Problem
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def tensor(array: Any) -> Any:
