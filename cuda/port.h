@@ -53,6 +53,19 @@ SRU_FN Real log1p_series(Real s) {
   return s * fma(p, q, Real(2));
 }
 template <class Real>
-SRU_FN Real absolute(Real a) {
-  return where(a < Real(0), -a, a);
+SRU_FN Real sigmoid(Real x) {
+  return quotient(Real(1), exp_plus(-x, Real(1)));
+}
+// sigmoid(softplus(x) - softplus(y)), which is (1 + e^x) / (2 + e^x + e^y), by two exponentials and a quotient. Where
+// both are so large that the ones do not count, x - y alone does, so both are brought down as far as that holds. All is
+// multiplied by e^-max(x, 0) e^-max(y, 0), of which one factor then is no less than e^-enough.
+template <class Real>
+SRU_FN Real softplus_share(Real x, Real y) {
+  const Real enough = sizeof(typename Real::scalar) == 4 ? 18 : 40;
+  const Real excess = at_least(at_most(x, y) - enough, Real(0));
+  x = x - excess, y = y - excess;
+  const Real p = exp_plus(-absolute(x), Real(0)), q = exp_plus(-absolute(y), Real(0));
+  const Real of_x = where(x < Real(0), Real(1), p), of_y = where(y < Real(0), Real(1), q);
+  const Real a = fma(p, of_y, of_y), b = fma(q, of_x, of_x);
+  return quotient(a, a + b);
 }

@@ -250,6 +250,12 @@ SRU_FN Vec<float, 8> at_least(Vec<float, 8> x, Vec<float, 8> bound) { return _mm
 #endif
 
 template <class Real>
+SRU_FN Real absolute(Real a) {
+  typedef typename Real::bits bits;
+  return from_bits<Real>(as_bits(a) & (~bits{} >> 1));
+}
+
+template <class Real>
 SRU_FN Real polynomial(Real x, const double *coefficients, int n) {  // highest power first
   Real p = Real(coefficients[0]);
   for (int i = 1; i < n; i++) p = fma(p, x, Real(coefficients[i]));
@@ -353,8 +359,8 @@ SRU_FN Vec<float, 16> exp_plus(Vec<float, 16> x, Vec<float, 16> plus) {
 #endif
 
 template <class Real>
-SRU_FN Real sigmoid(Real x) {
-  return Real(1) / exp_plus(-x, Real(1));
+SRU_FN Real quotient(Real a, Real b) {
+  return a / b;
 }
 
 // tanh(x) for |x| < 0.625, given z = x*x
@@ -421,8 +427,7 @@ SRU_FN Real log(Real x) {
 // normal numbers.
 template <class Real>
 SRU_FN Real softplus(Real x) {
-  typedef typename Real::bits bits;
-  const Real a = from_bits<Real>(as_bits(x) | ((bits{} + 1) << (8 * sizeof(typename Real::scalar) - 1)));  // -|x|
+  const Real a = -absolute(x);
   const Real t = where(a < Real(Format<typename Real::scalar>::exp_low), Real(0), exp_plus(a, Real(0)));
   if constexpr (sizeof(typename Real::scalar) == 4) return maximum(x, Real(0)) + log1p_series(t / (Real(2) + t));
   // log1p(t): the rounding error of 1 + t is divided out (Kahan).

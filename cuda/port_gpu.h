@@ -61,6 +61,16 @@ struct Vec {
   friend SRU_MEMBER Vec operator-(Vec a) {
     return map([](T x) { return -x; }, a);
   }
+  friend SRU_MEMBER Vec absolute(Vec a) {
+    return map([](T x) { return ::fabs(x); }, a);
+  }
+  // By one instruction each; the other one if either is NaN.
+  friend SRU_MEMBER Vec at_most(Vec a, Vec b) {
+    return map([](T x, T y) { return ::fmin(x, y); }, a, b);
+  }
+  friend SRU_MEMBER Vec at_least(Vec a, Vec b) {
+    return map([](T x, T y) { return ::fmax(x, y); }, a, b);
+  }
   friend SRU_MEMBER Mask<W> operator<(Vec a, Vec b) {
     return compare([](T x, T y) { return x < y; }, a, b);
   }
@@ -99,9 +109,6 @@ struct Vec {
   friend SRU_MEMBER Vec tanh(Vec a) {
     return map([](T x) { return ::tanh(x); }, a);
   }
-  friend SRU_MEMBER Vec sigmoid(Vec a) {
-    return map([](T x) { return logistic(x); }, a);
-  }
   // log(1 + exp(x)), without overflow and exact in both tails.
   friend SRU_MEMBER Vec softplus(Vec a) {
     const Vec x = map([](T x) { return x < T(0) ? T(0) : x; }, a);
@@ -113,10 +120,18 @@ struct Vec {
     }
   }
 
-  // In float32 the sigmoid is half of a gated cell's arithmetic, so it takes the short way: absolute error 2e-7, and
-  // 0 where the sigmoid is below 2^-126.
-  SRU_FN float logistic(float x) { return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504088896340736f)); }
-  SRU_FN double logistic(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+  // e^x + plus, and a / b. In float32 sigmoids are half of a gated cell's arithmetic, so they take the short way: an
+  // absolute error of 2e-7, and 0 below 2^-126.
+  friend SRU_MEMBER Vec exp_plus(Vec x, Vec plus) {
+    return map([](T x, T plus) { return short_exp(x) + plus; }, x, plus);
+  }
+  friend SRU_MEMBER Vec quotient(Vec a, Vec b) {
+    return map([](T a, T b) { return short_quotient(a, b); }, a, b);
+  }
+  SRU_FN float short_exp(float x) { return exp2_approx(x * 1.44269504088896340736f); }
+  SRU_FN double short_exp(double x) { return ::exp(x); }
+  SRU_FN float short_quotient(float a, float b) { return a * reciprocal_approx(b); }
+  SRU_FN double short_quotient(double a, double b) { return a / b; }
 };
 
 // ------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .decode import THREADS, Reads
 from .dtypes import state_dtype
 from .graph import LEAVES, Node, topological
 from .predict import Kernel, Token
+from .simplify import count_uses, softplus_shares
 from .traffic import ITEMSIZE, moved, read, reduced, replayed
 from .variant import Variant
 
@@ -27,8 +28,8 @@ _SHUFFLES = 5  # of a sum over a warp
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
 _COPY, _AGAIN = 2.5, 5.0  # the same of a copy of 16 bytes to shared memory; of a step that has a ring of its own
-_OF = {"sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
-_SPECIAL_OF = {"sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
+_OF = {"softplus_share": 19, "sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
+_SPECIAL_OF = {"softplus_share": 3, "sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
 _DOUBLE = 70  # instructions of a function in float64
 _FOLD_WORDS, _FOLD_STEPS = 64, 16  # of the ring of summaries: see fold_depth in cuda/gpu_scan.h
 
@@ -226,11 +227,17 @@ def _instructions(variant: Variant, forward: bool, again: bool, width: int) -> t
 
 
 def _arithmetic(dtype: str, results: Iterable[Any]) -> tuple[float, float]:
-    nodes = [n for n in topological(r for r in results if isinstance(r, Node)) if n.op not in LEAVES]
-    special = sum(_SPECIAL_OF.get(n.op, 0) for n in nodes)
+    outputs = [r for r in results if isinstance(r, Node)]
+    order = topological(outputs)
+    shares = softplus_shares(order, count_uses(order, outputs))
+    fused = {part for parts in shares.values() for part in parts}
+    ops = [
+        "softplus_share" if node in shares else node.op for node in order if node.op not in LEAVES and node not in fused
+    ]
+    special = sum(_SPECIAL_OF.get(op, 0) for op in ops)
     if dtype == "float64":
-        return sum(_DOUBLE if n.op in _OF else 1.0 for n in nodes), special / 2
-    return sum(_OF.get(n.op, _OPERATION) for n in nodes), special
+        return sum(_DOUBLE if op in _OF else 1.0 for op in ops), special / 2
+    return sum(_OF.get(op, _OPERATION) for op in ops), special
 
 
 @cache

@@ -5,14 +5,13 @@ Every product that feeds one sum is written as fma(), so that all kernels round 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import isfinite
 
 from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
 from .errors import StepError
 from .graph import COMPARISONS, FUNCTIONS, LEAVES, Node, topological
-from .simplify import is_complement
+from .simplify import count_uses, is_complement, softplus_shares
 
 _ARRAYS = dict(zip(KINDS, ("gate", "input", "per_sequence", "param", "state", "constant")))
 _CPP_WORDS = (
@@ -25,7 +24,7 @@ _CPP_WORDS = (
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
         "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where "
-        "new_state new_h NULL".split()
+        "softplus_share new_state new_h NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -49,11 +48,13 @@ class _Block:
     ):
         """`fuse_more` is for the gradient: fewer operations count for more there than every name of the step."""
         self.cpp = cpp
+        outputs = list(outputs)
         self.order = topological(outputs)
-        self.uses = Counter(a for node in self.order for a in node.args if isinstance(a, Node))
-        self.uses.update(outputs)
-        self.wanted = names
+        self.uses = count_uses(self.order, outputs)
         self.complement: dict[Node, tuple[Node, Node]] = {}
+        self.shares = softplus_shares(self.order, self.uses) if cpp else {}
+        fused = {part for parts in self.shares.values() for part in parts}
+        self.wanted = {node: name for node, name in names.items() if node not in fused}
         if fuse_more:
             self._fuse_complements()
             self._drop_names()
@@ -121,6 +122,9 @@ class _Block:
             if not isfinite(args[0]):
                 raise StepError(f"a step function uses the constant {args[0]}; constants must be finite")
             return (f"real({args[0]!r})", _ATOM) if self.cpp else (f"{args[0]:g}", _ATOM if args[0] >= 0 else _UNARY)
+        if node in self.shares:
+            _, x, y = self.shares[node]
+            return f"softplus_share({self[x.args[0]]}, {self[y.args[0]]})", _ATOM
         if node in self.complement:
             x, y = self.complement[node]
             return f"fma(-{self._operand(x, _UNARY)}, {self[y]}, {self[x]})", _ATOM

@@ -24,7 +24,8 @@ def simplify(outputs: Sequence[Node], step: Iterable[Node]) -> dict[Node, Node]:
     return {node: shared[new] for node, new in gathered.items() if new in shared}
 
 
-def _uses(order: Sequence[Node], outputs: Sequence[Node]) -> Counter[Node]:
+def count_uses(order: Sequence[Node], outputs: Iterable[Node]) -> Counter[Node]:
+    """How many arguments and outputs each node of `order` is."""
     uses = Counter(a for node in order for a in node.args if isinstance(a, Node))
     uses.update(outputs)
     return uses
@@ -41,7 +42,7 @@ def _gather(outputs: Sequence[Node], kept: set[Node]) -> dict[Node, Node]:
     so that nothing is computed twice.
     """
     order = topological(outputs)
-    uses = _uses(order, outputs)
+    uses = count_uses(order, outputs)
     new: dict[Node, Node] = {}
     for node in order:
         if node in kept or node.op in LEAVES:
@@ -96,7 +97,7 @@ class _Products:
     def __init__(self, outputs: Sequence[Node], kept: set[Node]) -> None:
         order = topological(outputs)
         self.kept = kept
-        self.uses = _uses(order, outputs)
+        self.uses = count_uses(order, outputs)
         self.place = {node: i for i, node in enumerate(order)}
         self.user = {a: node for node in order for a in node.args if isinstance(a, Node)}
         self.factors = {node: self._factors(node) for node in order if self._is_whole(node)}
@@ -206,3 +207,14 @@ def _without(factors: Sequence[Node], pair: Sequence[Node]) -> list[Node] | None
 def is_complement(node: Node) -> bool:
     """Whether `node` is 1 - y."""
     return node.op == "-" and node.args[0].is_constant(1)
+
+
+def softplus_shares(order: Sequence[Node], uses: Counter[Node]) -> dict[Node, tuple[Node, Node, Node]]:
+    """Nodes sigmoid(softplus(x) - softplus(y)): their difference and its two terms, which nothing else uses."""
+    found = {}
+    for node in order:
+        if node.op == "sigmoid" and node.args[0].op == "-":
+            parts = node.args[0], *node.args[0].args
+            if parts[1].op == parts[2].op == "softplus" and all(uses[part] == 1 for part in parts):
+                found[node] = parts
+    return found

@@ -161,6 +161,37 @@ def test_text_reads_like_the_step_function():
         assert any(line.strip().startswith(start) for line in lines), f"no line starts with {start}"
 
 
+def shares_once(a, b, h):
+    """As minLSTM has it, with names of its own."""
+    of_a, of_b = softplus(-a), softplus(b)
+    i = sigmoid(of_a - of_b)
+    return i * h + b, h * i
+
+
+def shares_and_more(a, b, h):
+    """The same, but for a softplus that is used again."""
+    of_a = softplus(-a)
+    i = sigmoid(of_a - softplus(b))
+    return i * h + of_a, h * i
+
+
+def test_sigmoid_of_a_difference_of_softpluses_is_one_function(backend):
+    """Where nothing else needs its parts; and the numbers are those of the formula."""
+    rng = np.random.default_rng(0)
+    u = rng.normal(scale=4, size=(9, 2, 1, 2, 5))
+    for step, is_one in ((shares_once, True), (shares_and_more, False)):
+        forward = emit(own_cell(step, gates="a b", state="h")).split("void gradient")[0]
+        assert ("softplus_share(-a, b);" in forward) == is_one, forward
+        assert ("softplus(b);" in forward or "- softplus(b)" in forward) != is_one, forward
+        h, want = np.zeros((2, 1, 5)), []
+        for a, b in u.transpose(0, 3, 1, 2, 4):
+            h, out = step(a, b, h)
+            want.append(out.reshape(2, 5))
+        np.testing.assert_allclose(
+            sru_rt.cell(gates="a b", state="h")(step).recurrence(u)[0], want, rtol=1e-13, atol=1e-15
+        )
+
+
 @pytest.mark.parametrize("options", [Options(), Options(v="inputs", dropout=True), Options(activation="tanh")])
 def test_names_of_the_equation_are_kept(options):
     cell = sru_cell(options)

@@ -71,3 +71,33 @@ def test_softplus_keeps_its_digits_near_0(place):
     x = np.linspace(-4, 4, 4001, dtype=np.float32)
     want = np.logaddexp(0, x.astype("f8"))
     assert (np.abs(compute(place, "softplus", x) - want) <= 5e-7 * want).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sigmoid_of_a_difference_of_softpluses(place, dtype):
+    """It is one function of cuda/port.h, right in every digit that counts, however large both arguments are."""
+
+    @sru_rt.cell(gates="a b", state="c", name="softplus_share")
+    def step(a, b, c):
+        return c, sru_rt.sigmoid(sru_rt.softplus(a) - sru_rt.softplus(b))
+
+    def share(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return place.get(step.recurrence(place.put(np.stack([x, y]).astype(dtype)[None, None, None]))[0]).ravel()
+
+    rng = np.random.default_rng(0)
+    x, y = (np.concatenate([rng.uniform(-r, r, 500) for r in (1, 5, 20, 100, 3000)]).astype(dtype) for _ in "xy")
+    y[::3] = x[::3] + rng.uniform(-8, 8, len(x[::3])).astype(dtype)
+    top = np.maximum(np.maximum(x, y), 0).astype(np.longdouble)
+    part = np.exp(-top) + np.exp(x - top)
+    want = part / (part + np.exp(-top) + np.exp(y - top))
+    got = share(x, y)
+    relative, absolute = {"float32": (3e-6, 5e-7), "float64": (2e-15, 3e-16)}[dtype]
+    np.testing.assert_array_less(np.abs(got - want), absolute)
+    counts = want > 1e-6
+    np.testing.assert_array_less(np.abs(got - want)[counts], relative * want[counts])
+
+    limits = [(0, 0, 0.5), (np.inf, 3, 1), (3, np.inf, 0), (-np.inf, 0, 1 / 3), (0, -np.inf, 2 / 3)]
+    limits += [(-np.inf, np.inf, 0), (np.inf, -np.inf, 1), (-np.inf, -np.inf, 0.5), (1e30, 1e30, 0.5)]
+    limits += [(1e4, 1e4 - 1, 1 / (1 + np.exp(-1))), (np.nan, 0, np.nan), (0, np.nan, np.nan), (np.inf, np.inf, np.nan)]
+    x, y, want = np.array(limits).T
+    np.testing.assert_allclose(share(x, y), want, rtol=4e-7, atol=1e-37)

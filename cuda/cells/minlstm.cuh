@@ -16,7 +16,7 @@ struct minlstm_cell {
     const real uf = gate[0], ui = gate[1], un = gate[2];
     const real b_f = param[0], b_i = param[1], b_n = param[2];
     const real h_prev = state[0];
-    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real i = softplus_share(-(uf + b_f), -(ui + b_i));
     const real n = un + b_n;
     const real h = fma(real(1.0) - i, h_prev, i * n);
     new_state[0] = h;
@@ -35,7 +35,7 @@ struct minlstm_cell {
     const real dh2 = dh_next + dh;
     const real t1 = -(uf + b_f);
     const real t2 = -(ui + b_i);
-    const real i = sigmoid(softplus(t1) - softplus(t2));
+    const real i = softplus_share(t1, t2);
     const real t3 = fma(-dh2, i, dh2);
     const real n = un + b_n;
     const real t4 = t3 * (n - h_prev) * i;
@@ -57,7 +57,7 @@ struct minlstm_cell {
                        const real *state, const real *constant, real *jacobian) {
     const real uf = gate[0], ui = gate[1];
     const real b_f = param[0], b_i = param[1];
-    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real i = softplus_share(-(uf + b_f), -(ui + b_i));
     jacobian[0] = real(1.0) - i;
   }
 };

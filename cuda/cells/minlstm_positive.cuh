@@ -17,7 +17,7 @@ struct minlstm_positive_cell {
     const real uf = gate[0], ui = gate[1], un = gate[2];
     const real b_f = param[0], b_i = param[1], b_n = param[2];
     const real h_prev = state[0];
-    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real i = softplus_share(-(uf + b_f), -(ui + b_i));
     const real t1 = un + b_n;
     const real n = where(t1 >= real(0.0), t1 + real(0.5), sigmoid(t1));
     const real h = fma(real(1.0) - i, h_prev, i * n);
@@ -37,7 +37,7 @@ struct minlstm_positive_cell {
     const real dh2 = dh_next + dh;
     const real t1 = -(uf + b_f);
     const real t2 = -(ui + b_i);
-    const real i = sigmoid(softplus(t1) - softplus(t2));
+    const real i = softplus_share(t1, t2);
     const real t3 = fma(-dh2, i, dh2);
     const real t4 = un + b_n;
     const real t5 = sigmoid(t4);
@@ -63,7 +63,7 @@ struct minlstm_positive_cell {
                        const real *state, const real *constant, real *jacobian) {
     const real uf = gate[0], ui = gate[1];
     const real b_f = param[0], b_i = param[1];
-    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real i = softplus_share(-(uf + b_f), -(ui + b_i));
     jacobian[0] = real(1.0) - i;
   }
 };

@@ -40,7 +40,8 @@ static void map_two(const T *a, const T *b, T *y, index_t n, Function f) {
   UNARY(softplus, T)   \
   UNARY(relu, T)       \
   BINARY(minimum, T)   \
-  BINARY(maximum, T)
+  BINARY(maximum, T)   \
+  BINARY(softplus_share, T)
 
 MATHEMATICS(float32)
 MATHEMATICS(float64)

@@ -17,7 +17,7 @@ struct minlstm_cell {
     const real uf = gate[0], ui = gate[1], un = gate[2];
     const real b_f = param[0], b_i = param[1], b_n = param[2];
     const real h_prev = state[0];
-    const real i = sigmoid(softplus(-(uf + b_f)) - softplus(-(ui + b_i)));
+    const real i = softplus_share(-(uf + b_f), -(ui + b_i));
     const real n = un + b_n;
     const real h = fma(real(1.0) - i, h_prev, i * n);
     new_state[0] = h;
@@ -30,7 +30,7 @@ struct minlstm_cell {
                        real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
     const real h_prev = state[0];
     const real minus_f = -gate[0] - param[0], minus_i = -gate[1] - param[1];
-    const real i = sigmoid(softplus(minus_f) - softplus(minus_i));
+    const real i = softplus_share(minus_f, minus_i);
     const real n = gate[2] + param[2];
     const real dh = dnew_state[0] + *dnew_h;
     const real dn = dh * i;
