@@ -77,7 +77,10 @@ def with_recompute(
 
     def function(*args: Any, recompute: bool | int | str = False, **keywords: Any) -> Any:
         refuse_left_out(name, keywords)
-        return core(*args, save=Recompute(settled(recompute)), **{n: settled(v) for n, v in keywords.items()})
+        options = {n: settled(v) for n, v in keywords.items()}
+        if recompute is not False:  # as is the core's own way, by which it knows calls again
+            options["save"] = Recompute(settled(recompute))
+        return core(*args, **options)
 
     made: Any = function
     made.__name__ = made.__qualname__ = name

@@ -3,7 +3,7 @@
 Two calls are alike if nothing but addresses and values of arrays differs. A call is remembered if its arrays lie as
 kernels take them, in whatever dtype. Two things are looked at anew, as they depend on addresses and values: whether
 `out` overlaps anything, and `lengths`. A call where they are not as they should be goes the ordinary way. Backwards are
-alike if the forwards were whose results they take.
+alike if the forwards were whose results they take. On tensors of PyTorch its binding says what is done again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _describe(values: Iterable[Any], found: list[Any], arrays: list[NDArray]) ->
             if not _describe(value, found, arrays):
                 return False
         else:
-            layout = _on_gpu(kind, value)
+            layout = _layout(kind, value)
             if layout is None:
                 return False
             found.append(layout)
@@ -81,16 +81,20 @@ def _describe(values: Iterable[Any], found: list[Any], arrays: list[NDArray]) ->
     return True
 
 
-def _on_gpu(kind: type, array: Any) -> Hashable:
-    """Layout and device of an array of CuPy; None if kernels do not take it as it is, or of anything else."""
-    if kind is not getattr(sys.modules.get("cupy"), "ndarray", None):
+def _layout(kind: type, array: Any) -> Hashable:
+    """Layout and device of an array of CuPy, or of a tensor of PyTorch; None of others, or if it is to be converted."""
+    if kind is getattr(sys.modules.get("cupy"), "ndarray", None):
+        library: Any = libraries.of(array)
+        return None if library.not_writable(array) else (array.shape, array.dtype, library.device)
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not (kind is torch.Tensor or kind is torch.nn.Parameter):
         return None
-    library: Any = libraries.of(array)
-    return None if library.not_writable(array) else (array.shape, array.dtype, library.device)
+    is_dense = array.layout is torch.strided and not array.is_nested
+    return (array.shape, array.dtype, array.device) if is_dense else None
 
 
 def known(key: Hashable) -> Any:
-    """The `Forward` or `Backward` of a key, None if there is none yet."""
+    """The `Forward` or `Backward` of a key, or what a binding has in its place; None if there is none yet."""
     return _repeats.get(key)
 
 
@@ -149,6 +153,17 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{name}[{i}]", one)
     else:
         yield name, value
+
+
+def arrays_of_call() -> Sequence[NDArray]:
+    """The arrays that the call was given which this thread is at, if it is to be remembered; none otherwise."""
+    return _asked.given
+
+
+def remember_call(repeat: Callable[[Sequence[NDArray]], tuple[Any, ...] | None]) -> None:
+    """Remembers what gives the results of calls like the one of this thread, None where it must go the ordinary way."""
+    if _asked.key is not None:
+        _remember(_asked.key, repeat)
 
 
 def remember(

@@ -17,9 +17,8 @@ from ...errors import LibraryError
 from ...inputs import Input
 from ...layer import apart
 from ...options import Options
-from ..recompute import every, policy
-from . import autograd, given
-from .layer import layer
+from ..recompute import policy
+from . import autograd, given, repeat
 from .projection import as_autocast
 
 _DEVICES = ("cpu", "cuda", "meta")
@@ -108,31 +107,12 @@ def run(
         "sru_rt.bindings.torch have recompute="
     )
     recompute = policy(function, options, "tensors of PyTorch", instead).value
-    lengths, mask, reset = flags
-    text, n = spec.text_of(cell), len(cell.state)
     (gates,) = (a.name for a in cell.arrays if a.kind == "gates")
-    arrays = apart(cell, arrays, projected.factors[0].shape[0] if projected else arrays[gates].shape[2])
+    window, factors = (projected.window, projected.factors) if projected else (0, ())
+    arrays = apart(cell, arrays, factors[0].shape[0] if projected else arrays[gates].shape[2])
     own = [arrays[a.name] for a in cell.arrays if a.kind not in ("gates", "state")]
-    shared: dict[str, Any] = {
-        "lengths": lengths,
-        "mask": mask,
-        "reset": reset,
-        "constants": tuple(constants),
-        "time_parallel": options.time_parallel,
-    }
-    state = c0[0] if n == 1 else _stacked(c0)
-    if projected:
-        window, x, factors = projected.window, projected.x, projected.factors
-        h, last = layer(text, x, factors, own, state, window=window, recompute=recompute, **shared)
-    else:
-        h, last = autograd.recurrence(text, arrays[gates], own, state, every=every(recompute), **shared)
-    return h, last if n == 1 else tuple(last)
-
-
-def _stacked(states: Sequence[Tensor | None]) -> Tensor | None:
-    """Initial states side by side, zeros for those that are None."""
-    given = next((s for s in states if s is not None), None)
-    if given is None:
-        return None
-    dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
-    return torch.stack([torch.zeros_like(given, dtype=dtype) if s is None else s.to(dtype) for s in states])
+    settled = repeat.Run(spec.text_of(cell), window, tuple(constants), recompute, options.time_parallel)
+    operands = repeat.Operands(projected.x if projected else arrays[gates], factors, own, c0, flags)
+    results = settled(operands)
+    repeat.remember(settled, operands, options.in_workspace)
+    return results
