@@ -121,6 +121,18 @@ def test_what_differs_is_another_call(change):
     same(found[1], wanted)
 
 
+def test_tensors_of_any_order_after_contiguous_ones():
+    """x is side by side, (L, B, D*d), where kernels have directions apart, and a mask is read as it lies."""
+    u, mask = drawn(5, 3, 2, 3, 4), torch.eye(5, 3).bool()
+    sru_rt.sru_recurrence(u, drawn(5, 3, 8), mask=mask)
+    assert remembered() == 1
+    for x in (drawn(5, 3, 16)[..., ::2], drawn(3, 5, 8).transpose(0, 1), drawn(1, 3, 8).expand(5, 3, 8)):
+        found = sru_rt.sru_recurrence(u, x, mask=torch.eye(3, 5).bool().t())
+        assert remembered() == 1
+        repeat._repeats.clear()
+        same(found, sru_rt.sru_recurrence(u, x.contiguous(), mask=mask))
+
+
 def test_names_count_where_layouts_are_the_same():
     u, x, one, other = drawn(5, 3, 1, 3, 7), drawn(5, 3, 7), drawn(1, 2, 7), drawn(1, 2, 7)
     wanted = sru_rt.sru_recurrence(u, x, bias=one, v=other), sru_rt.sru_recurrence(u, x, v=one, bias=other)

@@ -58,7 +58,7 @@ class _Place(NamedTuple):
     shape: torch.Size | None
 
     def of(self, given: Sequence[Tensor]) -> Tensor:
-        return given[self.index] if self.shape is None else given[self.index].view(self.shape)
+        return given[self.index] if self.shape is None else given[self.index].reshape(self.shape)
 
 
 _Places = Sequence[_Place | None]
