@@ -61,22 +61,25 @@ class _Place(NamedTuple):
         return given[self.index] if self.shape is None else given[self.index].reshape(self.shape)
 
 
-_Places = Sequence[_Place | None]
-
-
 class _Repeat(NamedTuple):
-    """A call of one of the core's functions, of which all but arrays is settled."""
+    """A call of one of the core's functions, of which all but arrays is settled: places of the fields of `Operands`."""
 
     run: Run
-    places: Sequence[_Places]  # of the fields of `Operands`
+    first: _Place
+    factors: Sequence[_Place]
+    own: Sequence[_Place]
+    states: Sequence[_Place | None]
+    flags: Sequence[_Place | None]
     is_token: bool
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """Its results for these arrays; None if it must go the ordinary way."""
         if not _is_plain(given):
             return None
-        first, *others = [[None if p is None else p.of(given) for p in places] for places in self.places]
-        h, last = self.run(Operands(first[0], *others))  # type: ignore[arg-type]
+        factors, own = [place.of(given) for place in self.factors], [place.of(given) for place in self.own]
+        states = [None if place is None else place.of(given) for place in self.states]
+        flags = [None if place is None else place.of(given) for place in self.flags]
+        h, last = self.run(Operands(self.first.of(given), factors, own, states, flags))
         return h[0] if self.is_token else h, last
 
 
@@ -86,18 +89,21 @@ def remember(run: Run, o: Operands, is_token: bool) -> None:
     if not given or o.flags[0] is not None or not all(isinstance(t, Tensor) for t in given) or not _is_plain(given):
         return  # lengths are looked at in each call
     try:
-        places = [[_place(t, given) for t in field] for field in ([o.first], *o[1:])]
+        first, factors, own = _place(o.first, given), _places(o.factors, given), _places(o.own, given)
+        states, flags = ([None if t is None else _place(t, given) for t in field] for field in (o.states, o.flags))
     except LookupError:
         return
-    used = {place.index for field in places for place in field if place is not None}
+    used = {place.index for place in (first, *factors, *own, *states, *flags) if place is not None}
     if len(used) == len(given):  # the value of another one, such as alpha, may be part of what is settled
-        repeat.remember_call(_Repeat(run, places, is_token))
+        repeat.remember_call(_Repeat(run, first, factors, own, states, flags, is_token))
 
 
-def _place(operand: Tensor | None, given: Sequence[Tensor]) -> _Place | None:
+def _places(operands: Sequence[Tensor], given: Sequence[Tensor]) -> list[_Place]:
+    return [_place(t, given) for t in operands]
+
+
+def _place(operand: Tensor, given: Sequence[Tensor]) -> _Place:
     """Raises LookupError if an operand is none of the arrays, or may be one or another."""
-    if operand is None:
-        return None
     found = [i for i, t in enumerate(given) if _is_same(t, operand)]
     if len(found) != 1:
         raise LookupError
