@@ -4,13 +4,23 @@
 
 #include "arguments.h"
 
-// Measured, not derived: results of this size and more are written past the caches, and what is read is asked for this
-// far ahead, beyond the end of a page, where the hardware stops. By default no size is so large: that was faster on one
-// machine, and made a large backward two to three times as slow on others.
+// Results of so many bytes and more are written past the caches where one store fills a line. Where it takes two,
+// others come in between: that made a large backward two to three times as slow.
 #ifndef SRU_STREAMING_BYTES
+#if SRU_VECTOR_BYTES == 64
+#define SRU_STREAMING_BYTES ((index_t)64 << 20)
+#else
 #define SRU_STREAMING_BYTES ((index_t)1 << 62)
 #endif
-constexpr index_t prefetch_bytes = 8 << 10;
+#endif
+
+// A sweep that moves so many bytes asks for memory `lead` channels before it comes to them. Both are measured: for
+// fewer bytes the hardware does that as well, what is asked for later comes late, and what is asked for earlier drives
+// from the first-level cache what is used again.
+#ifndef SRU_FAR_BYTES
+#define SRU_FAR_BYTES ((index_t)16 << 20)
+#endif
+constexpr index_t lead = 512;
 
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
@@ -22,6 +32,7 @@ struct CpuSweep {
   typedef typename Storage<Io>::acc acc;
   typedef Vec<acc, SRU_VECTOR_BYTES / sizeof(acc)> real;
   typedef RecurrenceArguments<Cell> Given;
+  static constexpr index_t read_bytes = sizeof(Io) * (Cell::n_gates + Cell::n_inputs);  // of a step and channel
   static_assert(Cell::n_inputs <= 32, "`wide` has one bit for each input");
 
   // The part of the work that one task does: sequences and directions [first, last), channels [from, to).
@@ -35,11 +46,11 @@ struct CpuSweep {
     bool padded, starts_anew;
 
     SRU_MEMBER Place(const Given &a, index_t s, index_t n) {
-      const index_t b = n / a.D, q = n - b * a.D, t = q ? a.L - 1 - s : s;
+      const index_t b = n >> (a.D - 1), q = n & (a.D - 1), t = q ? a.L - 1 - s : s;
       const index_t length = a.lengths ? clamp(a.lengths[b], 0, a.L) : a.L;
       // A boundary stands before step t; the reverse direction crosses it on its way from t to t - 1.
       const index_t boundary = q ? t + 1 : t;
-      row = (t * a.B + b) * a.D + q;
+      row = row_of(a, s, n);
       sequence = n;
       direction = q;
       state = state_row(a, n);
@@ -47,6 +58,72 @@ struct CpuSweep {
       starts_anew = a.reset && boundary < length && t < length && a.reset[boundary * a.B + b];
     }
   };
+
+  // The rows of a part in the order of a sweep: those of one step, then those of the next one.
+  struct Walk {
+    struct Row {
+      index_t s, n;
+    };
+    const Part &part;
+    index_t end, by;
+    Row now, later;  // `later` is the row that a lead of whole rows leads to
+
+    // Steps [begin, end), upwards or downwards.
+    SRU_MEMBER Walk(const Part &part, index_t begin, index_t end, bool upwards)
+        : part(part), end(upwards ? end : begin - 1), by(upwards ? 1 : -1) {
+      now.s = upwards ? begin : end - 1, now.n = part.first;
+      if (part.first == part.last) now.s = this->end;
+      later = now;
+      const index_t channels = part.to - part.from;
+      move(later);
+      for (index_t gone = channels; channels && gone + channels <= lead; gone += channels) move(later);
+    }
+    SRU_MEMBER void move(Row &row) const {
+      if (row.s == end || ++row.n < part.last) return;
+      row.n = part.first;
+      row.s += by;
+    }
+    SRU_MEMBER bool goes_on() const { return now.s != end; }
+    SRU_MEMBER void next() { move(now), move(later); }
+  };
+
+  // How a sweep deals with memory: not at all, or it asks for what it comes to later, to read and to write it or to
+  // read it alone, as what it writes goes past the caches.
+  enum Access { cached, asked_for, streaming };
+
+  // Of so many bytes of a step and channel, which are moved and written.
+  SRU_FN Access access(const Given &a, index_t moved, index_t written, bool aligned) {
+    const index_t channels = a.L * a.B * a.D * a.d;
+    const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
+    if (aligned && aligned_rows && channels * written >= SRU_STREAMING_BYTES) return streaming;
+    return channels * moved >= SRU_FAR_BYTES ? asked_for : cached;
+  }
+  SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
+
+  // How far from what is at hand that lies: channels, in rows of gates and their gradients, of states that are kept,
+  // and of all else. It serves speed alone, so that one number may do for all gates, which are the rows of one array.
+  struct Ahead {
+    index_t gates, kept, others;
+    Access access;
+
+    SRU_MEMBER Ahead moved(index_t channels) const {
+      return {gates + channels, kept + channels, others + channels, access};
+    }
+    SRU_MEMBER Ahead within_row(index_t channels) const { return {channels, channels, channels, access}; }
+  };
+
+  SRU_FN Ahead near() { return {lead, lead, lead, cached}; }
+  SRU_FN Ahead ahead(const Given &a, const Walk &walk, Access access) {
+    const typename Walk::Row &now = walk.now, &later = walk.later;
+    if (later.s == walk.end) return {0, 0, 0, access};  // there are no more
+    const index_t rows = row_of(a, later.s, later.n) - row_of(a, now.s, now.n);
+    const index_t kept_rows = (later.s - now.s) * a.B * a.D + later.n - now.n;
+    return {rows * (Cell::n_gates ? a.gate[0].stride : 0), kept_rows * a.d, rows * a.d, access};
+  }
+  SRU_FN index_t row_of(const Given &a, index_t s, index_t n) {
+    const index_t b = n >> (a.D - 1), q = n & (a.D - 1);
+    return ((q ? a.L - 1 - s : s) * a.B + b) * a.D + q;
+  }
 
   SRU_FN index_t clamp(index_t i, index_t low, index_t high) { return i < low ? low : i > high ? high : i; }
 
@@ -57,17 +134,23 @@ struct CpuSweep {
   SRU_FN real get(const T *p, int n) {
     return whole ? load<real>(p) : load_part<real>(p, n);
   }
-  // For what comes from memory rather than from a cache.
+  // At channel j of a row, for what comes from memory rather than from a cache, and what goes there; k is where it is
+  // asked for what comes later.
   template <bool whole, class T>
-  SRU_FN real get_ahead(const T *p, int n) {
-    prefetch(p, prefetch_bytes);
-    return get<whole>(p, n);
+  SRU_FN real get_ahead(const T *row, index_t j, int n, index_t k) {
+    prefetch(row, k);
+    return get<whole>(row + j, n);
   }
   template <bool whole, class T>
-  SRU_FN void put(T *p, real a, int n, bool streaming = false) {
+  SRU_FN void put_ahead(T *row, index_t j, real a, int n, index_t k, Access access) {
+    if (access == asked_for) prefetch_to_write(row, k);
+    put<whole>(row + j, a, n, access == streaming);
+  }
+  template <bool whole, class T>
+  SRU_FN void put(T *p, real a, int n, bool past_caches = false) {
     if (!whole)
       store_part(p, a, n);
-    else if (streaming)
+    else if (past_caches)
       store_streaming(p, a);
     else
       store(p, a);
@@ -79,6 +162,28 @@ struct CpuSweep {
     index_t j = part.from;
     for (; j + real::width <= part.to; j += real::width) body.template operator()<true>(j, real::width);
     if (j < part.to) body.template operator()<false>(j, int(part.to - j));
+  }
+
+  template <bool is_far>
+  struct Distance {
+    static constexpr bool far = is_far;
+  };
+  // The same with the bodies of_access(far, ahead), to the speed of which it matters that what is near is known to the
+  // compiler. If memory is asked for in the row `later`, that is so for the channels at the end of a row, and for those
+  // before in their own.
+  template <class Bodies>
+  SRU_FN void for_channels_ahead(const Part &part, const Ahead &later, Bodies body) {
+    if (later.access == cached) {
+      for_channels(part, body(Distance<false>(), later));
+      return;
+    }
+    const index_t channels = part.to - part.from,
+                  cut = channels > lead ? (channels - lead) / real::width * real::width : 0;
+    for (int i = cut ? 0 : 1; i < 2; i++) {
+      Part some = part;
+      (i ? some.from : some.to) = part.from + cut;
+      for_channels(some, body(Distance<true>(), i ? later.moved(-cut) : later.within_row(channels - cut)));
+    }
   }
 
   template <class To, class From>
@@ -122,11 +227,11 @@ struct CpuSweep {
     real gate[SRU_AT_LEAST_ONE(Cell::n_gates)], input[SRU_AT_LEAST_ONE(Cell::n_inputs)];
     real per_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], param[SRU_AT_LEAST_ONE(Cell::n_params)];
 
-    SRU_MEMBER Values(const Reader &from, index_t j, int n) {
-      for (int i = 0; i < Cell::n_gates; i++) gate[i] = get_ahead<whole>(from.gate[i] + j, n);
+    SRU_MEMBER Values(const Reader &from, const Ahead &ahead, index_t j, int n) {
+      for (int i = 0; i < Cell::n_gates; i++) gate[i] = get_ahead<whole>(from.gate[i], j, n, j + ahead.gates);
       for (int i = 0; i < Cell::n_inputs; i++)
-        input[i] = is_wide(i) ? get_ahead<whole>((const acc *)from.input[i] + j, n)
-                              : get_ahead<whole>((const Io *)from.input[i] + j, n);
+        input[i] = is_wide(i) ? get_ahead<whole>((const acc *)from.input[i], j, n, j + ahead.others)
+                              : get_ahead<whole>((const Io *)from.input[i], j, n, j + ahead.others);
       for (int i = 0; i < Cell::n_per_sequence; i++) per_sequence[i] = get<whole>(from.per_sequence[i] + j, n);
       for (int i = 0; i < Cell::n_params; i++) param[i] = get<whole>(from.param[i] + j, n);
     }
@@ -135,35 +240,40 @@ struct CpuSweep {
   // ----------------------------------------------------------------------------------------------------------------
   // Forward
 
+  template <bool is_far>
   struct StepRow {
     const Reader &from;
+    Ahead far;
     const acc *const *prev;  // null rows: zeros
     acc *const *next;
     Saved *const *kept;  // a copy of the new states; null rows: not wanted
     Io *h;               // null: not wanted
-    bool streaming;
 
     template <bool whole>
     SRU_MEMBER void operator()(index_t j, int n) const {
-      const Values<whole> in(from, j, n);
+      const Ahead ahead = is_far ? far : near();
+      const Values<whole> in(from, ahead, j, n);
       real state[Cell::n_state], new_state[Cell::n_state], new_h;
       for (int i = 0; i < Cell::n_state; i++) state[i] = prev[i] ? get<whole>(prev[i] + j, n) : real(0);
       Cell::template step<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, new_state, &new_h);
       for (int i = 0; i < Cell::n_state; i++) {
         put<whole>(next[i] + j, new_state[i], n);
-        if (kept[i]) put<whole>(kept[i] + j, new_state[i], n, streaming);
+        if (kept[i]) put_ahead<whole>(kept[i], j, new_state[i], n, j + ahead.kept, ahead.access);
       }
-      if (h) put<whole>(h + j, new_h, n, streaming);
+      if (h) put_ahead<whole>(h, j, new_h, n, j + ahead.others, ahead.access);
     }
   };
 
   // One step of one row: from the states `prev` to the states `next`, which may be the same rows.
   SRU_FN void step_row(const Given &a, const Place &at, const Part &part, const acc *const *prev, acc *const *next,
-                       Saved *const *kept, Io *h, bool streaming) {
+                       Saved *const *kept, Io *h, const Ahead &later) {
     const acc *start[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++) start[i] = at.starts_anew ? nullptr : prev[i];
     if (!at.padded) {
-      for_channels(part, StepRow{Reader(a, at), start, next, kept, h, streaming});
+      const Reader from(a, at);
+      for_channels_ahead(part, later, [&](auto distance, const Ahead &ahead) {
+        return StepRow<distance.far>{from, ahead, start, next, kept, h};
+      });
       return;
     }
     for (int i = 0; i < Cell::n_state; i++) {
@@ -177,8 +287,10 @@ struct CpuSweep {
   static void forward(const ForwardArguments<Cell> &f, const Part &part) {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
-    bool streaming = is_large(a, sizeof(Io) + (a.every == 1) * sizeof(Saved)) && is_aligned(f.h);
-    for (int i = 0; i < Cell::n_state; i++) streaming = streaming && is_aligned(f.saved[i]);
+    bool aligned = is_aligned(f.h);
+    for (int i = 0; i < Cell::n_state; i++) aligned = aligned && is_aligned(f.saved[i]);
+    const index_t written = sizeof(Io) + (a.every == 1) * Cell::n_state * sizeof(Saved);
+    const Access how = access(a, read_bytes + written, written, aligned);
     for (index_t n = part.first; n < part.last; n++)
       for (int i = 0; i < Cell::n_state; i++) {
         const acc *c0 = a.c0[i] ? (const acc *)a.c0[i] + state_row(a, n) * a.d : nullptr;
@@ -186,31 +298,22 @@ struct CpuSweep {
         if (c != c0) copy_row(part, c, c0);
         if (a.every && a.L) copy_row(part, (Saved *)f.saved[i] + n * a.d, (const acc *)c);
       }
-    for (index_t s = 0; s < a.L; s++) {
+    for (Walk walk(part, 0, a.L, true); walk.goes_on(); walk.next()) {
+      const index_t s = walk.now.s, n = walk.now.n;
       const bool keep = a.every && s + 1 < a.L && (s + 1) % a.every == 0;
-      for (index_t n = part.first; n < part.last; n++) {
-        const Place at(a, s, n);
-        acc *c[Cell::n_state];
-        Saved *kept[Cell::n_state];
-        for (int i = 0; i < Cell::n_state; i++) {
-          c[i] = (acc *)f.c_last[i] + at.state * a.d;
-          kept[i] = keep ? (Saved *)f.saved[i] + ((s + 1) / a.every * rows + n) * a.d : nullptr;
-        }
-        step_row(a, at, part, c, c, kept, (Io *)f.h + at.row * a.d, streaming);
+      const Place at(a, s, n);
+      acc *c[Cell::n_state];
+      Saved *kept[Cell::n_state];
+      for (int i = 0; i < Cell::n_state; i++) {
+        c[i] = (acc *)f.c_last[i] + at.state * a.d;
+        kept[i] = keep ? (Saved *)f.saved[i] + ((s + 1) / a.every * rows + n) * a.d : nullptr;
       }
+      step_row(a, at, part, c, c, kept, (Io *)f.h + at.row * a.d, ahead(a, walk, how));
     }
-    if (streaming) finish_streaming();
+    if (how == streaming) finish_streaming();
   }
 
-  SRU_FN index_t state_row(const Given &a, index_t n) { return n % a.D * a.B + n / a.D; }
-
-  // Results that no cache can hold until they are read again are written past the caches, which saves reading the lines
-  // that they overwrite. It takes whole packs at aligned addresses.
-  SRU_FN bool is_large(const Given &a, index_t bytes_per_channel) {
-    const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
-    return aligned_rows && a.L * a.B * a.D * a.d * bytes_per_channel >= SRU_STREAMING_BYTES;
-  }
-  SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
+  SRU_FN index_t state_row(const Given &a, index_t n) { return (n & (a.D - 1)) * a.B + (n >> (a.D - 1)); }
 
   // ----------------------------------------------------------------------------------------------------------------
   // Backward
@@ -241,36 +344,38 @@ struct CpuSweep {
     return (acc *)f.partial.data + (sequence * Cell::n_params + i) * f.partial.stride;
   }
 
-  template <class State>
+  template <class State, bool is_far>
   struct GradientRow {
     const Reader &from;
+    Ahead far;
     const Writer &to;
     const State *const *prev;  // null rows: zeros
     const Io *dh;
     acc *const *dstate;
-    bool starts_anew, streaming;
+    bool starts_anew;
 
     template <bool whole>
     SRU_MEMBER void operator()(index_t j, int n) const {
-      const Values<whole> in(from, j, n);
+      const Ahead ahead = is_far ? far : near();
+      const Values<whole> in(from, ahead, j, n);
       real state[Cell::n_state], dnew_state[Cell::n_state], dold_state[Cell::n_state];
       real dgate[SRU_AT_LEAST_ONE(Cell::n_gates)], dinput[SRU_AT_LEAST_ONE(Cell::n_inputs)];
       real dper_sequence[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparam[SRU_AT_LEAST_ONE(Cell::n_params)];
       for (int i = 0; i < Cell::n_state; i++) {
-        state[i] = prev[i] ? get_ahead<whole>(prev[i] + j, n) : real(0);
+        state[i] = prev[i] ? get_ahead<whole>(prev[i], j, n, j + ahead.kept) : real(0);
         dnew_state[i] = get<whole>(dstate[i] + j, n);
       }
-      const real dnew_h = get_ahead<whole>(dh + j, n);
+      const real dnew_h = get_ahead<whole>(dh, j, n, j + ahead.others);
       Cell::template gradient<real>(in.gate, in.input, in.per_sequence, in.param, state, from.constant, dnew_state,
                                     &dnew_h, dgate, dinput, dper_sequence, dparam, dold_state);
       for (int i = 0; i < Cell::n_gates; i++)
-        if (to.gate[i]) put<whole>(to.gate[i] + j, dgate[i], n, streaming);
+        if (to.gate[i]) put_ahead<whole>(to.gate[i], j, dgate[i], n, j + ahead.gates, ahead.access);
       for (int i = 0; i < Cell::n_inputs; i++)
         if (to.input[i]) {
           if (is_wide(i))
-            put<whole>((acc *)to.input[i] + j, dinput[i], n, streaming);
+            put_ahead<whole>((acc *)to.input[i], j, dinput[i], n, j + ahead.others, ahead.access);
           else
-            put<whole>((Io *)to.input[i] + j, dinput[i], n, streaming);
+            put_ahead<whole>((Io *)to.input[i], j, dinput[i], n, j + ahead.others, ahead.access);
         }
       for (int i = 0; i < Cell::n_per_sequence; i++)
         if (to.per_sequence[i]) add<whole>(to.per_sequence[i] + j, dper_sequence[i], n);
@@ -302,7 +407,7 @@ struct CpuSweep {
   // `kept` holds the states before each step, `kept_row` is the row of this one.
   template <class State>
   SRU_FN void gradient_row(const BackwardArguments<Cell> &f, index_t s, index_t n, index_t kept_row,
-                           const void *const *kept, const Part &part, bool streaming) {
+                           const void *const *kept, const Part &part, const Ahead &later) {
     const Given &a = f.given;
     const Place at(a, s, n);
     const Writer to(f, at);
@@ -315,45 +420,48 @@ struct CpuSweep {
     const State *prev[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++)
       prev[i] = at.starts_anew ? nullptr : (const State *)kept[i] + kept_row * a.d;
-    for_channels(part, GradientRow<State>{Reader(a, at), to, prev, (const Io *)f.dh + at.row * a.d, dstate,
-                                          at.starts_anew, streaming});
+    const Reader from(a, at);
+    const Io *dh = (const Io *)f.dh + at.row * a.d;
+    for_channels_ahead(part, later, [&](auto distance, const Ahead &ahead) {
+      return GradientRow<State, distance.far>{from, ahead, to, prev, dh, dstate, at.starts_anew};
+    });
   }
 
   // Recomputes the states before steps begin .. end - 1 into the scratch, from the one that was kept.
-  SRU_FN void recompute(const BackwardArguments<Cell> &f, index_t begin, index_t end, const Part &part) {
+  SRU_FN void recompute(const BackwardArguments<Cell> &f, index_t begin, index_t end, const Part &part, Access access) {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
     Saved *const no_copy[Cell::n_state] = {};
-    for (index_t s = begin; s < end; s++)
-      for (index_t n = part.first; n < part.last; n++) {
-        acc *prev[Cell::n_state], *next[Cell::n_state];
-        for (int i = 0; i < Cell::n_state; i++) {
-          prev[i] = (acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
-          next[i] = prev[i] + rows * a.d;
-          if (s == begin) copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
-        }
-        if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, no_copy, nullptr, false);
+    for (Walk walk(part, begin, end, true); walk.goes_on(); walk.next()) {
+      const index_t s = walk.now.s, n = walk.now.n;
+      acc *prev[Cell::n_state], *next[Cell::n_state];
+      for (int i = 0; i < Cell::n_state; i++) {
+        prev[i] = (acc *)f.states[i] + ((s - begin) * rows + n) * a.d;
+        next[i] = prev[i] + rows * a.d;
+        if (s == begin) copy_row(part, prev[i], (const Saved *)f.saved[i] + (begin / a.every * rows + n) * a.d);
       }
+      if (s + 1 < end) step_row(a, Place(a, s, n), part, prev, next, no_copy, nullptr, ahead(a, walk, access));
+    }
   }
 
   static void backward(const BackwardArguments<Cell> &f, const Part &part) {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
-    const bool streaming = streams(f);
+    const Access how = access(f);
     for (index_t n = part.first; n < part.last; n++) start_row(f, n, part);
     for (index_t end = a.L; end > 0;) {
       const index_t begin = (end - 1) / a.every * a.every;
-      if (a.every > 1) recompute(f, begin, end, part);
-      for (index_t s = end - 1; s >= begin; s--)
-        for (index_t n = part.first; n < part.last; n++) {
-          if (a.every > 1)
-            gradient_row<acc>(f, s, n, (s - begin) * rows + n, f.states, part, streaming);
-          else
-            gradient_row<Saved>(f, s, n, s * rows + n, f.saved, part, streaming);
-        }
+      if (a.every > 1) recompute(f, begin, end, part, how);
+      for (Walk walk(part, begin, end, false); walk.goes_on(); walk.next()) {
+        const index_t s = walk.now.s, n = walk.now.n;
+        if (a.every > 1)
+          gradient_row<acc>(f, s, n, (s - begin) * rows + n, f.states, part, ahead(a, walk, how));
+        else
+          gradient_row<Saved>(f, s, n, s * rows + n, f.saved, part, ahead(a, walk, how));
+      }
       end = begin;
     }
-    if (streaming) finish_streaming();
+    if (how == streaming) finish_streaming();
   }
 
   // The adjoint of the last state, and zeros where sums begin.
@@ -369,11 +477,11 @@ struct CpuSweep {
       if (f.dparam[i].data) copy_row(part, partial_row(f, n, i), (const acc *)nullptr);
   }
 
-  SRU_FN bool streams(const BackwardArguments<Cell> &f) {
+  SRU_FN Access access(const BackwardArguments<Cell> &f) {
     bool aligned = true;
     for (int i = 0; i < Cell::n_gates; i++) aligned = aligned && is_aligned(f.dgate[i].data);
     for (int i = 0; i < Cell::n_inputs; i++) aligned = aligned && is_aligned(f.dinput[i].data);
-    return aligned && is_large(f.given, sizeof(Io) * (Cell::n_gates + Cell::n_inputs));
+    return access(f.given, 2 * read_bytes + sizeof(Io) + Cell::n_state * sizeof(Saved), read_bytes, aligned);
   }
 
   // Sums the parameters' gradients over sequences, in ascending order, so that they do not depend on the tasks.

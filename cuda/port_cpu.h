@@ -211,8 +211,15 @@ SRU_FN void store(float16 *p, Real a) {
   store_half_words<Real>(p, h | sign);
 }
 
-// Asks for the line `bytes` ahead of `p`, which may lie beyond the end of the array.
-SRU_FN void prefetch(const void *p, index_t bytes) { __builtin_prefetch((const void *)((uintptr_t)p + bytes)); }
+// Asks for the line of p[i], which may lie outside of an array, to read or to write it.
+template <class T>
+SRU_FN void prefetch(const T *p, index_t i) {
+  __builtin_prefetch((const void *)((uintptr_t)p + i * index_t(sizeof(T))));
+}
+template <class T>
+SRU_FN void prefetch_to_write(T *p, index_t i) {
+  __builtin_prefetch((const void *)((uintptr_t)p + i * index_t(sizeof(T))), 1);
+}
 
 // The first `n` lanes alone, for the end of a row.
 template <class Real, class T>
