@@ -8,7 +8,7 @@
 // others come in between: that made a large backward two to three times as slow.
 #ifndef SRU_STREAMING_BYTES
 #if SRU_VECTOR_BYTES == 64
-#define SRU_STREAMING_BYTES ((index_t)64 << 20)
+#define SRU_STREAMING_BYTES ((index_t)32 << 20)
 #else
 #define SRU_STREAMING_BYTES ((index_t)1 << 62)
 #endif
@@ -94,14 +94,14 @@ struct CpuSweep {
   // Of so many bytes of a step and channel, which are moved and written.
   SRU_FN Access access(const Given &a, index_t moved, index_t written, bool aligned) {
     const index_t channels = a.L * a.B * a.D * a.d;
-    const bool aligned_rows = a.d % real::width == 0 && a.d * sizeof(Io) % SRU_VECTOR_BYTES == 0;
-    if (aligned && aligned_rows && channels * written >= SRU_STREAMING_BYTES) return streaming;
+    const bool fills_lines = sizeof(Io) == sizeof(acc) && a.d % real::width == 0;
+    if (aligned && fills_lines && channels * written >= SRU_STREAMING_BYTES) return streaming;
     return channels * moved >= SRU_FAR_BYTES ? asked_for : cached;
   }
   SRU_FN bool is_aligned(const void *p) { return (uintptr_t)p % SRU_VECTOR_BYTES == 0; }
 
-  // How far from what is at hand that lies: channels, in rows of gates and their gradients, of states that are kept,
-  // and of all else. It serves speed alone, so that one number may do for all gates, which are the rows of one array.
+  // How many channels from what is at hand that lies, in gates and their gradients, in states that are kept, and in all
+  // else. It serves speed alone, so that one number may do for all gates, which usually are rows of one array.
   struct Ahead {
     index_t gates, kept, others;
     Access access;
@@ -121,7 +121,7 @@ struct CpuSweep {
     return {rows * (Cell::n_gates ? a.gate[0].stride : 0), kept_rows * a.d, rows * a.d, access};
   }
   SRU_FN index_t row_of(const Given &a, index_t s, index_t n) {
-    const index_t b = n >> (a.D - 1), q = n & (a.D - 1);
+    const index_t b = n >> (a.D - 1), q = n & (a.D - 1);  // D is 1 or 2
     return ((q ? a.L - 1 - s : s) * a.B + b) * a.D + q;
   }
 
@@ -168,9 +168,9 @@ struct CpuSweep {
   struct Distance {
     static constexpr bool far = is_far;
   };
-  // The same with the bodies of_access(far, ahead), to the speed of which it matters that what is near is known to the
-  // compiler. If memory is asked for in the row `later`, that is so for the channels at the end of a row, and for those
-  // before in their own.
+  // The same with body(distance, ahead). Bodies for what is near are compiled apart, as distances that are known make
+  // them faster. For what is far, the channels at the end of a row are ahead of those in the row `later`, and the
+  // others of those in their own.
   template <class Bodies>
   SRU_FN void for_channels_ahead(const Part &part, const Ahead &later, Bodies body) {
     if (later.access == cached) {
