@@ -15,7 +15,9 @@ from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
 LAP = 8  # steps that are gone through at once, of rows that are in shared memory
-_TILES = (32, 64)  # steps of chunks that have a tile; what is read twice of longer ones comes from memory twice
+# Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
+# chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
+_TILES = (32, 64, 128)
 
 
 def state_bytes(variant: Variant) -> int:
@@ -77,7 +79,8 @@ def tile(variant: Variant, forward: bool, every: int) -> dict[int, int]:
 
 
 def chunk_of_tile(variant: Variant, forward: bool) -> int:
-    """Steps of the longest chunks that have a tile, whatever is kept for the backward; if none have, of the longest."""
+    """Steps of the longest usual chunks that have a tile, whatever is kept for the backward; if none, of the longest."""
     pair = 2 if ITEMSIZE[variant.dtype] == 2 else 1
     step = pair * sum(tile(replace(variant, saved_dtype=state_dtype(variant.dtype)), forward, 1).values())
-    return next((steps for steps in reversed(_TILES) if tile_threads(steps, step)), _TILES[-1])
+    usual = _TILES[:-1]
+    return next((steps for steps in reversed(usual) if tile_threads(steps, step)), usual[-1])

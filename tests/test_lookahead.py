@@ -103,7 +103,7 @@ def test_launches_again_with_other_numbers(place, monkeypatch):
 
 @pytest.mark.parametrize("cell", AFFINE)
 def test_rows_are_read_from_memory_or_from_a_tile(place, cell, monkeypatch):
-    """Chunks of more than 64 steps, wide blocks and blocks without shared memory read all rows twice."""
+    """Chunks of more than 128 steps, wide blocks and blocks without shared memory read all rows twice."""
     problem, results = Problem.make(CELLS[cell] | {"dtype": "float16"}, (70, 2, 6), 1, "all"), {}
     for threads, room in ((32, 48 << 10), (32, 0), (512, 48 << 10)):
         monkeypatch.setenv("SRU_RT_PLAN", f"threads={threads},chunk=32")
@@ -114,7 +114,9 @@ def test_rows_are_read_from_memory_or_from_a_tile(place, cell, monkeypatch):
         assert tiled == [threads == 32 and room > 0] * 2
     judge(problem, results[32, 0])
     same(results)
-    in_both_forms(place, monkeypatch, problem, "chunk=65")
+    problem = Problem.make(CELLS[cell] | {"dtype": "float16"}, (140, 2, 6), 1, "all")
+    for chunk in (65, 129):
+        in_both_forms(place, monkeypatch, problem, f"chunk={chunk}")
 
 
 @pytest.mark.parametrize("order, resident", SCHEDULES)

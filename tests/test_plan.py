@@ -689,6 +689,9 @@ def test_what_a_tile_holds():
     assert (p.in_tile, p.tile_bytes, p.threads) == (0b10110, 12, 32)
     assert plan.shared_bytes(variant(AFFINE), p, 1, 64) == 64 * 12 * 32
     assert chunk_of_tile(variant(AFFINE), False) == 64 > chunk_of_tile(variant(SRU), False) == 32
+    p = made("bfloat16", cell=AFFINE, **given | {"chunk": 128})
+    assert (p.in_tile, p.tile_bytes, p.threads) == (0b11, 8, 32)
+    assert plan.shared_bytes(variant(AFFINE), p, 1, 128) == 128 * 8 * 32
     p = made(forward=False, **given | {"chunk": 32})
     assert (p.in_tile, p.tile_bytes, p.threads) == (0b111111, 24, 32)
     assert plan.shared_bytes(variant(), p, 1, 30) == 32 * 24 * 32
