@@ -79,7 +79,7 @@ def tile(variant: Variant, forward: bool, every: int) -> dict[int, int]:
 
 
 def chunk_of_tile(variant: Variant, forward: bool) -> int:
-    """Steps of the longest usual chunks that have a tile, whatever is kept for the backward; if none, of the longest."""
+    """Steps of the longest usual chunks that have a tile, whatever is kept for the backward; else of the longest."""
     pair = 2 if ITEMSIZE[variant.dtype] == 2 else 1
     step = pair * sum(tile(replace(variant, saved_dtype=state_dtype(variant.dtype)), forward, 1).values())
     usual = _TILES[:-1]
