@@ -14,13 +14,13 @@
 #endif
 #endif
 
-// A sweep that moves so many bytes asks for memory `lead` channels before it comes to them. Both are measured: for
-// fewer bytes the hardware does that as well, what is asked for later comes late, and what is asked for earlier drives
-// from the first-level cache what is used again.
+// A sweep that moves so many bytes asks for memory before it comes to it, so that in all its arrays `lead_bytes` are
+// ahead of the channel at hand. Both are measured: for fewer bytes the hardware does that as well, what is asked for
+// later comes late, and what is asked for earlier drives from the first-level cache what is used again.
 #ifndef SRU_FAR_BYTES
 #define SRU_FAR_BYTES ((index_t)16 << 20)
 #endif
-constexpr index_t lead = 512;
+constexpr index_t lead_bytes = 12 << 10, near_lead = 512;  // the latter in channels, of sweeps that move less
 
 // Runs task(argument, i) for every i in [0, n), on several threads.
 typedef void (*ParallelFor)(void (*task)(void *, int), void *argument, int n);
@@ -32,7 +32,10 @@ struct CpuSweep {
   typedef typename Storage<Io>::acc acc;
   typedef Vec<acc, SRU_VECTOR_BYTES / sizeof(acc)> real;
   typedef RecurrenceArguments<Cell> Given;
-  static constexpr index_t read_bytes = sizeof(Io) * (Cell::n_gates + Cell::n_inputs);  // of a step and channel
+  // Of a step and channel: of gates and inputs alone, and all that a sweep moves.
+  static constexpr index_t read_bytes = sizeof(Io) * (Cell::n_gates + Cell::n_inputs),
+                           forward_bytes = read_bytes + sizeof(Io),
+                           backward_bytes = 2 * read_bytes + sizeof(Io) + Cell::n_state * sizeof(Saved);
   static_assert(Cell::n_inputs <= 32, "`wide` has one bit for each input");
 
   // The part of the work that one task does: sequences and directions [first, last), channels [from, to).
@@ -65,12 +68,12 @@ struct CpuSweep {
       index_t s, n;
     };
     const Part &part;
-    index_t end, by;
-    Row now, later;  // `later` is the row that a lead of whole rows leads to
+    index_t end, by, lead;
+    Row now, later;  // `later` is the row that `lead` leads to, in whole rows, of which it is one at least
 
-    // Steps [begin, end), upwards or downwards.
-    SRU_MEMBER Walk(const Part &part, index_t begin, index_t end, bool upwards)
-        : part(part), end(upwards ? end : begin - 1), by(upwards ? 1 : -1) {
+    // Steps [begin, end), upwards or downwards, of a sweep that moves so many bytes of a step and channel.
+    SRU_MEMBER Walk(const Part &part, index_t begin, index_t end, bool upwards, index_t bytes)
+        : part(part), end(upwards ? end : begin - 1), by(upwards ? 1 : -1), lead(lead_bytes / bytes) {
       now.s = upwards ? begin : end - 1, now.n = part.first;
       if (part.first == part.last) now.s = this->end;
       later = now;
@@ -103,22 +106,22 @@ struct CpuSweep {
   // How many channels from what is at hand that lies, in gates and their gradients, in states that are kept, and in all
   // else. It serves speed alone, so that one number may do for all gates, which usually are rows of one array.
   struct Ahead {
-    index_t gates, kept, others;
+    index_t gates, kept, others, lead;
     Access access;
 
     SRU_MEMBER Ahead moved(index_t channels) const {
-      return {gates + channels, kept + channels, others + channels, access};
+      return {gates + channels, kept + channels, others + channels, lead, access};
     }
-    SRU_MEMBER Ahead within_row(index_t channels) const { return {channels, channels, channels, access}; }
+    SRU_MEMBER Ahead within_row(index_t channels) const { return {channels, channels, channels, lead, access}; }
   };
 
-  SRU_FN Ahead near() { return {lead, lead, lead, cached}; }
+  SRU_FN Ahead near() { return {near_lead, near_lead, near_lead, near_lead, cached}; }
   SRU_FN Ahead ahead(const Given &a, const Walk &walk, Access access) {
     const typename Walk::Row &now = walk.now, &later = walk.later;
-    if (later.s == walk.end) return {0, 0, 0, access};  // there are no more
+    if (later.s == walk.end) return {0, 0, 0, walk.lead, access};  // there are no more
     const index_t rows = row_of(a, later.s, later.n) - row_of(a, now.s, now.n);
     const index_t kept_rows = (later.s - now.s) * a.B * a.D + later.n - now.n;
-    return {rows * (Cell::n_gates ? a.gate[0].stride : 0), kept_rows * a.d, rows * a.d, access};
+    return {rows * (Cell::n_gates ? a.gate[0].stride : 0), kept_rows * a.d, rows * a.d, walk.lead, access};
   }
   SRU_FN index_t row_of(const Given &a, index_t s, index_t n) {
     const index_t b = n >> (a.D - 1), q = n & (a.D - 1);  // D is 1 or 2
@@ -178,7 +181,7 @@ struct CpuSweep {
       return;
     }
     const index_t channels = part.to - part.from,
-                  cut = channels > lead ? (channels - lead) / real::width * real::width : 0;
+                  cut = channels > later.lead ? (channels - later.lead) / real::width * real::width : 0;
     for (int i = cut ? 0 : 1; i < 2; i++) {
       Part some = part;
       (i ? some.from : some.to) = part.from + cut;
@@ -298,7 +301,7 @@ struct CpuSweep {
         if (c != c0) copy_row(part, c, c0);
         if (a.every && a.L) copy_row(part, (Saved *)f.saved[i] + n * a.d, (const acc *)c);
       }
-    for (Walk walk(part, 0, a.L, true); walk.goes_on(); walk.next()) {
+    for (Walk walk(part, 0, a.L, true, forward_bytes); walk.goes_on(); walk.next()) {
       const index_t s = walk.now.s, n = walk.now.n;
       const bool keep = a.every && s + 1 < a.L && (s + 1) % a.every == 0;
       const Place at(a, s, n);
@@ -432,7 +435,7 @@ struct CpuSweep {
     const Given &a = f.given;
     const index_t rows = a.B * a.D;
     Saved *const no_copy[Cell::n_state] = {};
-    for (Walk walk(part, begin, end, true); walk.goes_on(); walk.next()) {
+    for (Walk walk(part, begin, end, true, forward_bytes); walk.goes_on(); walk.next()) {
       const index_t s = walk.now.s, n = walk.now.n;
       acc *prev[Cell::n_state], *next[Cell::n_state];
       for (int i = 0; i < Cell::n_state; i++) {
@@ -452,7 +455,7 @@ struct CpuSweep {
     for (index_t end = a.L; end > 0;) {
       const index_t begin = (end - 1) / a.every * a.every;
       if (a.every > 1) recompute(f, begin, end, part, how);
-      for (Walk walk(part, begin, end, false); walk.goes_on(); walk.next()) {
+      for (Walk walk(part, begin, end, false, backward_bytes); walk.goes_on(); walk.next()) {
         const index_t s = walk.now.s, n = walk.now.n;
         if (a.every > 1)
           gradient_row<acc>(f, s, n, (s - begin) * rows + n, f.states, part, ahead(a, walk, how));
@@ -481,7 +484,7 @@ struct CpuSweep {
     bool aligned = true;
     for (int i = 0; i < Cell::n_gates; i++) aligned = aligned && is_aligned(f.dgate[i].data);
     for (int i = 0; i < Cell::n_inputs; i++) aligned = aligned && is_aligned(f.dinput[i].data);
-    return access(f.given, 2 * read_bytes + sizeof(Io) + Cell::n_state * sizeof(Saved), read_bytes, aligned);
+    return access(f.given, backward_bytes, read_bytes, aligned);
   }
 
   // Sums the parameters' gradients over sequences, in ascending order, so that they do not depend on the tasks.
