@@ -20,7 +20,6 @@ HOW = {
     "nothing": f"-DSRU_FAR_BYTES={NEVER}LL -DSRU_STREAMING_BYTES={NEVER}LL",
     "asked for": f"-DSRU_FAR_BYTES=1 -DSRU_STREAMING_BYTES={NEVER}LL",
     "past the caches": "-DSRU_FAR_BYTES=1 -DSRU_STREAMING_BYTES=1",
-    "as ever": "",
 }
 # Rows shorter and longer than what is asked for ahead, with and without the end of a pack; single rows of a step; both
 # directions; boundaries within a sequence. Lengths of 0 leave rows out.
