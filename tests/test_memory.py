@@ -38,6 +38,12 @@ def test_arrays_are_plain_aligned_and_writable(shape, dtype):
     assert (array == 1).all()
 
 
+def test_large_arrays_begin_in_the_middle_of_a_page():
+    """No lines after arrays of NumPy, whose loads would wait for stores: see `memory`."""
+    arrays = [empty((n,), "u1") for n in (1 << 20, (1 << 20) + 1, 3 << 20, 40 << 20)]
+    assert {address(a) % 4096 for a in arrays} == {2048}
+
+
 def test_a_large_array_takes_the_place_of_one_that_is_gone():
     first = empty()
     place = address(first)
