@@ -256,6 +256,15 @@ def openmp_pool(library: ctypes.CDLL) -> int:
     return _address(_pool().parallel_for_openmp)
 
 
+@functools.cache
+def turn() -> Callable[..., None]:
+    """Turns matrices: see cuda/turn.cpp."""
+    entry = load(source.turn(), "turn").turn
+    pointer, number = ctypes.c_void_p, ctypes.c_longlong
+    entry.argtypes, entry.restype = (pointer, pointer, number, number, number, pointer, ctypes.c_int), None
+    return entry
+
+
 def prepared(
     kernel: Callable[..., None], pool: int | None, tasks: int, fields: Sequence[tuple[int | None, int]]
 ) -> Callable[[bytes], None]:

@@ -15,7 +15,7 @@ from .errors import CompileError, LibraryError
 from .log import warn_once
 from .variant import Variant
 
-# Below this many elements of h per task, waking a thread costs more than it saves.
+# Below this many elements per task, waking a thread costs more than it saves.
 _ELEMENTS_PER_TASK = 1 << 17
 _ELEMENTS_PER_AWAKE_TASK = 1 << 15  # of a framework, whose products have just used its threads
 
@@ -64,11 +64,23 @@ def entry(variant: Variant, arguments: abi.Forward | abi.Backward, threads: Thre
     kernel = _kernel(variant)
     if kernel is None:
         return None
-    tasks = _tasks(arguments.given, threads)
-    pool = None
-    if tasks > 1:
-        pool = threads.parallel_for if threads else compile_cpu.pool()
+    given = arguments.given
+    pool, tasks = share(given.L * given.B * given.D * given.d, threads)
     return Entry(kernel.forward if isinstance(arguments, abi.Forward) else kernel.backward, pool, tasks)
+
+
+def share(elements: int, threads: Threads | None = None) -> tuple[int | None, int]:
+    """The address of a `parallel_for`, None for one task alone, and the number of tasks that so much work is cut into.
+
+    They run on the library's own threads unless others are given.
+    """
+    if threads:
+        tasks = max(1, min(threads.number, elements // _ELEMENTS_PER_AWAKE_TASK))
+    else:
+        tasks = max(1, min(settings.num_threads(), elements // _ELEMENTS_PER_TASK))
+    if tasks == 1:
+        return None, 1
+    return threads.parallel_for if threads else compile_cpu.pool(), tasks
 
 
 def bound(variant: Variant, arguments: abi.Forward | abi.Backward, device: str = "cpu") -> Callable[[int], None]:
@@ -141,13 +153,6 @@ def in_one_launch(
         return False
     facts = launch_gpu.device_facts(int(number or 0))
     return one_launch.taken(variant, sizes, d_in, chunk, time_parallel, facts)
-
-
-def _tasks(given: abi.Given, threads: Threads | None = None) -> int:
-    elements = given.L * given.B * given.D * given.d
-    if threads:
-        return max(1, min(threads.number, elements // _ELEMENTS_PER_AWAKE_TASK))
-    return max(1, min(settings.num_threads(), elements // _ELEMENTS_PER_TASK))
 
 
 def _kernel(variant: Variant) -> compile_cpu.Kernel | None:

@@ -78,6 +78,11 @@ def pool() -> str:
     return '#include "pool.cpp"\n'
 
 
+def turn() -> str:
+    """The compile unit that turns matrices."""
+    return '#include "turn.cpp"\n'
+
+
 def xla() -> str:
     """The compile unit of the handler that XLA calls on the CPU."""
     return '#include "xla.cpp"\n'

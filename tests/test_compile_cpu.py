@@ -822,6 +822,7 @@ def test_named_cells_compile_without_warnings(command, tmp_path, monkeypatch):
         (unit("sru_v_per_step_dropout", "bfloat16"), tmp_path),
         (sweeps("bfloat16"), tmp_path, "-fsyntax-only"),
         (source.pool(), tmp_path),
+        (source.turn(), tmp_path),
     ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         said = list(itertools.chain(*workers.map(lambda job: warnings_of(*job), jobs)))

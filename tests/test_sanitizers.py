@@ -119,6 +119,14 @@ PLANTED = {
         "const index_t channels = int(a.L) * int(a.B) * int(a.D) * int(a.d) * (1 << 30);",
         r"runtime error: signed integer overflow",
     ),
+    "turn a whole tile at an edge": Job(
+        "address",
+        "basic",
+        "turn.cpp",
+        "if (width == tile && height == tile)",
+        "if (width == tile || height == tile)",
+        HEAP,
+    ),
     "take a task without the lock": Job(
         "thread",
         "basic",

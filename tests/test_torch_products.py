@@ -12,7 +12,7 @@ from torch_tools import torch
 
 pytestmark = pytest.mark.usefixtures("new_plans")
 
-from sru_rt.bindings.torch import QRNN, SRUCell, products
+from sru_rt.bindings.torch import QRNN, SRUCell, native, products
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 WAYS = [False, pytest.param(True, marks=needs_onednn)]
@@ -23,6 +23,7 @@ def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """All products by oneDNN, or none."""
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: request.param)
     monkeypatch.setattr(products, "_WORTH_ONEDNN", 0)
+    monkeypatch.setattr(native, "_WORTH_TURNING", 0)
     return request.param
 
 
@@ -161,3 +162,35 @@ def test_the_processor_is_described(tmp_path, monkeypatch):
 
     monkeypatch.setattr(processor.Path, "read_text", missing)
     assert processor.described.__wrapped__() == {}
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernel", "PyTorch"])
+def test_tensors_are_turned(compiled, monkeypatch):
+    monkeypatch.setenv("SRU_RT_CPU", "compiled" if compiled else "numpy")
+    large = torch.arange(3 * 40 * 50.0).view(3, 40, 50)
+    for a in (large, large[0], large[:, :, 1:], large[:1, :2, :3], large.double(), large.bfloat16(), large.conj()):
+        found = native.turned(a)
+        assert found.is_contiguous() and torch.equal(found, a.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_a_layer_turns_has_the_bits_of_copies(by_onednn, bidirectional, monkeypatch):
+    cell = SRUCell(40 * (1 + bidirectional), 40, bidirectional=bidirectional)
+    x = torch.randn(50, 3, cell.input_size).requires_grad_()
+    shapes: list[Any] = []
+
+    def results() -> list[Any]:
+        h = cell(x)[0]
+        return [h, *torch.autograd.grad(h.square().sum(), [x, *cell.parameters()])]
+
+    def by_copies(*arguments: Any) -> bool:
+        shapes.append(arguments[2:5])
+        return False
+
+    found = results()
+    monkeypatch.setattr(native.turn, "turn", by_copies)
+    for one, other in zip(found, results(), strict=True):
+        assert torch.equal(one, other)
+    n = cell.input_size * (1 + bidirectional)
+    of_x = [(1, 150, cell.input_size)] if by_onednn else []
+    assert shapes == [(n, 40, 3), *of_x, (n, 3, 40)]

@@ -81,10 +81,22 @@ def _with_x(x: Tensor, of_factor: Sequence[int], others: Operands, highway: int 
 
 def _forward(call: Call, plan: _Plan, x: Tensor, factor: Tensor, others: Operands) -> tuple[Any, ...]:
     """h, the last states, the states that are kept, U, and W as a matrix (n, D*k*d)."""
-    w = matrix(factor)
+    w = _matrix(factor)
     u = products.times(x.view(-1, x.shape[2]), w).view(plan.shape)
     o = (u, *_with_x(x, factor.shape, others, plan.highway))
     return *native.forward(plan.recurrence, call.constants, o), u, w
+
+
+def _matrix(factor: Tensor) -> Tensor:
+    """W as a matrix (n, D*k*d), without a gradient."""
+    if not _has_gates_inside(factor):
+        return matrix(factor)
+    return native.turned(factor.permute(3, 0, 2, 1)).view(factor.shape[3], -1)
+
+
+def _has_gates_inside(factor: Tensor) -> bool:
+    """Whether a factor (D, k, d, n) lies as (n, D, d, k), as those of SRUCell do."""
+    return factor.shape[1] > 1 and factor.permute(3, 0, 2, 1).is_contiguous()
 
 
 class _Layer(Function):
@@ -139,12 +151,15 @@ def _gradient_of_x(x: Tensor, du: Tensor, w: Tensor, through_highway: Tensor | N
 
 
 def _gradient_of_factor(rows: Tensor, du: Tensor, w: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """In the layout of the matrix, so that it need not be turned for a parameter that has it."""
+    """In the layout of the factor, so that it need not be turned for a parameter that has it."""
     D, k, d, n = factor.shape
     transposed_times = products.transposed_times if in_place else _transposed_times
     if w.stride(0) == 1:
         return transposed_times(du, rows).view(factor.shape)
-    return transposed_times(rows, du).view(n, D, k, d).permute(1, 2, 3, 0)
+    found = transposed_times(rows, du).view(n, D, k, d)
+    if in_place and _has_gates_inside(factor):
+        return native.turned(found).permute(1, 3, 2, 0)
+    return found.permute(1, 2, 3, 0)
 
 
 def _transposed_times(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from . import native
 _WORTH_ONEDNN = 1 << 24  # multiplications; preparing for sizes not seen before takes as long as a few million
 _REUSED = 31 << 20  # bytes up to which PyTorch's allocations use memory again: see _keep_freed_memory
 _PIECE = 4 << 20  # bytes that are formed at once where they are copied to memory in use
-_ROWS_SUMMED = 1024  # oneDNN turns what it sums along: rows that the caches hold
+_ROWS_SUMMED = 1024  # what is summed along is turned: rows that the caches hold
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -41,9 +41,9 @@ def transposed_times(a: Tensor, b: Tensor) -> Tensor:
     if not _suits_onednn(a, b, a.shape[1]):
         return torch.mm(a.t(), b)
     (first, beside), *others = zip(a.split(_ROWS_SUMMED), b.split(_ROWS_SUMMED), strict=True)
-    found = _onednn(first.t(), beside)
+    found = _onednn(native.turned(first), beside)
     for rows, beside in others:
-        found = _onednn(rows.t(), beside, found)
+        found = _onednn(native.turned(rows), beside, found)
     return found
 
 

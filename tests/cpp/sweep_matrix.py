@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import sru_rt
-from sru_rt import launch, on_numpy
+from sru_rt import launch, on_numpy, turn
 from sru_rt.dtypes import to_numpy
 
 # One compiled kernel each; between them all kinds of array, all dtypes of arrays and of kept states.
@@ -113,6 +113,15 @@ def layer(dtype: str) -> None:
     sru_rt.sru_backward(saved, placed(h))
 
 
+def turns() -> None:
+    """Matrices with all kinds of edges, turned."""
+    for n, rows, columns in [(1, 33, 49), (5, 3, 70), (5, 70, 3), (1, 1, 1), (2, 16, 64)]:
+        matrices = placed(np.arange(n * rows * columns, dtype=np.float32).reshape(n, rows, columns))
+        found = exact((n, columns, rows), matrices.dtype)
+        assert turn.turn(matrices.ctypes.data, found.ctypes.data, n, rows, columns)
+        assert np.array_equal(found, matrices.swapaxes(1, 2))
+
+
 def main(names: list[str]) -> None:
     on_numpy.empty = exact
     launch._ELEMENTS_PER_TASK = 1
@@ -124,6 +133,7 @@ def main(names: list[str]) -> None:
             run(CASES[name], SIZES[i % 5], POLICIES[i % 4], PLACES[(i + i // 5) % 5])
             n += 1
     os.environ["SRU_RT_NUM_THREADS"] = "3"
+    turns()
     if "projected" in names:
         layer(CASES["projected"]["dtype"])
     with ThreadPoolExecutor(2) as callers:
