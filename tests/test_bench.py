@@ -299,6 +299,24 @@ def test_memory_of_a_call() -> None:
 # Runs
 
 
+KILLED = """
+import os
+from sru_rt.bench import runner
+
+if __name__ == "__main__":
+    print(runner.Processes()["arrays"].submit(os.getpid).result(), flush=True)
+    os._exit(9)
+"""
+
+
+def test_processes_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    # It returns when nobody has the pipe any more: a process that lived on would have it.
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9 and int(done.stdout)
+
+
 PLAN = runner.Plan("cpu", ("scan", "ragged"), (), ((6, 2, 8),), ("lax.scan",), 1, 2, 1e-3, 0.0, 60.0)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +24,18 @@ REPEATS = 3  # calls whose results must have the same bits
 _rows: list[Row] = []
 _calls: list[Sequence[Call]] = []
 _clocks: list[Clock] = []
+
+
+def end_with_parent() -> None:
+    """Has this process end where the one that started it is killed; else it would wait for it, and hold its memory."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def prepare(rows: Sequence[Row], device: str) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ class Processes(dict[str, ProcessPoolExecutor]):
     """Those that measure, by name, started when they are asked for."""
 
     def __missing__(self, name: str) -> ProcessPoolExecutor:
-        self[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), child.end_with_parent)
         return self[name]
 
     def end(self) -> None:
