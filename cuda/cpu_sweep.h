@@ -8,7 +8,7 @@
 // others come in between: that made a large backward two to three times as slow.
 #ifndef SRU_STREAMING_BYTES
 #if SRU_VECTOR_BYTES == 64
-#define SRU_STREAMING_BYTES ((index_t)32 << 20)
+#define SRU_STREAMING_BYTES ((index_t)8 << 20)
 #else
 #define SRU_STREAMING_BYTES ((index_t)1 << 62)
 #endif
