@@ -168,7 +168,9 @@ def test_the_processor_is_described(tmp_path, monkeypatch):
 def test_tensors_are_turned(compiled, monkeypatch):
     monkeypatch.setenv("SRU_RT_CPU", "compiled" if compiled else "numpy")
     large = torch.arange(3 * 40 * 50.0).view(3, 40, 50)
-    for a in (large, large[0], large[:, :, 1:], large[:1, :2, :3], large.double(), large.bfloat16(), large.conj()):
+    zeros = torch._efficientzerotensor((3, 40, 50))
+    others = (large[0], large[:, :, 1:], large[:1, :2, :3], large.double(), large.bfloat16(), torch._neg_view(large), zeros)
+    for a in (large, *others):
         found = native.turned(a)
         assert found.is_contiguous() and torch.equal(found, a.transpose(-1, -2))
 

@@ -216,7 +216,7 @@ def turned(a: Tensor) -> Tensor:
     """(..., r, c) as (..., c, r), contiguous, by the core: PyTorch's own copy takes two to four times as long."""
     *n, rows, columns = a.shape
     suits = a.is_cpu and a.element_size() == turn.ITEMSIZE and a.numel() >= _WORTH_TURNING and a.is_contiguous()
-    if suits and not a.is_neg():
+    if suits and not a.is_neg() and not a._is_zerotensor():
         found = empty(a, (*n, columns, rows))
         if turn.turn(a.data_ptr(), found.data_ptr(), prod(n), rows, columns, _threads()):
             return found
