@@ -169,8 +169,8 @@ def test_tensors_are_turned(compiled, monkeypatch):
     monkeypatch.setenv("SRU_RT_CPU", "compiled" if compiled else "numpy")
     large = torch.arange(3 * 40 * 50.0).view(3, 40, 50)
     zeros = torch._efficientzerotensor((3, 40, 50))
-    others = (large[0], large[:, :, 1:], large[:1, :2, :3], large.double(), large.bfloat16(), torch._neg_view(large), zeros)
-    for a in (large, *others):
+    others = [large[0], large[:, :, 1:], large[:1, :2, :3], large.double(), large.bfloat16()]
+    for a in (large, torch._neg_view(large), zeros, *others):
         found = native.turned(a)
         assert found.is_contiguous() and torch.equal(found, a.transpose(-1, -2))
 
