@@ -47,8 +47,14 @@ class Cuts:
     def __init__(self, monkeypatch):
         self.seen = []
         monkeypatch.setattr(launch, "_ELEMENTS_PER_TASK", 1)
-        tasks = launch._tasks
-        monkeypatch.setattr(launch, "_tasks", lambda *given: self.seen.append(tasks(*given)) or self.seen[-1])
+        share = launch.share
+
+        def noted(*given):
+            found = share(*given)
+            self.seen.append(found[1])
+            return found
+
+        monkeypatch.setattr(launch, "share", noted)
 
 
 @pytest.fixture
