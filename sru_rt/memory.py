@@ -24,7 +24,7 @@ _SMALL = 1 << 12  # up to which it takes longer to align an array than packs sav
 _LARGE = 1 << 20  # below, the system's allocator reuses memory well
 # Large blocks begin in the middle of a page, as arrays of others begin near the start of one. A processor takes a load
 # for one of what was just stored where the last 12 bits of their addresses agree, and waits: results that begin some
-# lines after an array that is read made a sweep up to a quarter slower.
+# lines after an array that is read made a sweep take up to a fifth longer.
 _PAGE, _IN_PAGE = 1 << 12, 1 << 11
 
 _MOST_PLACES = 16

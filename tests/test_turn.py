@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from sru_rt import compile_cpu, turn
-
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler"
-)
 
 SIZES = (1, 2, 3, 4, 5, 15, 16, 17, 33, 64)
 FLAGS = ["-march=native"]
