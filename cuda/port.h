@@ -56,6 +56,11 @@ template <class Real>
 SRU_FN Real sigmoid(Real x) {
   return quotient(Real(1), exp_plus(-x, Real(1)));
 }
+// sigmoid(a*b + c), of which a port may have one of its own.
+template <class Real>
+SRU_FN Real sigmoid_fma(Real a, Real b, Real c) {
+  return sigmoid(fma(a, b, c));
+}
 // sigmoid(softplus(x) - softplus(y)), which is (1 + e^x) / (2 + e^x + e^y), by two exponentials and a quotient. Where
 // both are so large that the ones do not count, x - y alone does, so both are brought down as far as that holds. All is
 // multiplied by e^-max(x, 0) e^-max(y, 0), of which one factor then is no less than e^-enough.

@@ -128,6 +128,17 @@ struct Vec {
   friend SRU_MEMBER Vec quotient(Vec a, Vec b) {
     return map([](T a, T b) { return short_quotient(a, b); }, a, b);
   }
+  // sigmoid(a*b + c). In float32 a and c are brought to powers of two before b is known, which often is a state that is
+  // waited for.
+  friend SRU_MEMBER Vec sigmoid_fma(Vec a, Vec b, Vec c) {
+    if constexpr (sizeof(T) == 8) {
+      return sigmoid(fma(a, b, c));
+    } else {
+      const Vec scale(-1.44269504088896340736f);
+      const Vec power = fma(scale * a, b, scale * c);
+      return map([](T x) { return reciprocal_approx(exp2_approx(x) + 1.0f); }, power);
+    }
+  }
   SRU_FN float short_exp(float x) { return exp2_approx(x * 1.44269504088896340736f); }
   SRU_FN double short_exp(double x) { return ::exp(x); }
   SRU_FN float short_quotient(float a, float b) { return a * reciprocal_approx(b); }

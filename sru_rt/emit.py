@@ -5,7 +5,7 @@ Every product that feeds one sum is written as fma(), so that all kernels round 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isfinite
 
 from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
@@ -24,7 +24,7 @@ _CPP_WORDS = (
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
         "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where "
-        "softplus_share new_state new_h NULL".split()
+        "sigmoid_fma softplus_share new_state new_h NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -45,8 +45,10 @@ class _Block:
         leaf_names: Mapping[str, str],
         cpp: bool,
         fuse_more: bool = False,
+        late: Collection[str] = (),
     ):
-        """`fuse_more` is for the gradient: fewer operations count for more there than every name of the step."""
+        """`fuse_more` is for the gradient: fewer operations count for more there than every name of the step. In a step
+        `late` are its states, which one step waits for after another: what follows them should be few operations."""
         self.cpp = cpp
         outputs = list(outputs)
         self.order = topological(outputs)
@@ -58,8 +60,12 @@ class _Block:
         if fuse_more:
             self._fuse_complements()
             self._drop_names()
+        elif late:
+            waiting = _descendants(self.order, late)
+            self._fuse_complements(lambda x, y: y in waiting and x not in waiting)
         self.taken = set(leaf_names.values()) | (_CPP_WORDS if cpp else set())
         self.text: dict[Node, tuple[str, int]] = {}
+        self.fused: set[Node] = set()  # sums that are an fma() on the line of what uses them
         self.leaf_names = leaf_names
         self.lines: list[str] = []
         for node in self.order:
@@ -68,8 +74,8 @@ class _Block:
     def __getitem__(self, node: Node) -> str:
         return self.text[node][0]
 
-    def _fuse_complements(self) -> None:
-        """x*(1 - y) is one fma(-x, y, x), wherever 1 - y then need not be computed."""
+    def _fuse_complements(self, pays: Callable[[Node, Node], bool] = lambda x, y: True) -> None:
+        """x*(1 - y) is one fma(-x, y, x), wherever 1 - y then need not be computed, and it `pays` for x and y."""
         found: dict[Node, list[Node]] = {}
         for product in self.order:
             factor = next(filter(is_complement, reversed(product.args)), None) if product.op == "*" else None
@@ -79,8 +85,10 @@ class _Block:
             y = factor.args[1]
             if self.uses[factor] > len(products) or (y.op == "*" and self.uses[y] == 1):
                 continue
-            for product in products:
-                x = next(a for a in product.args if a is not factor)
+            others = [next(a for a in product.args if a is not factor) for product in products]
+            if not all(pays(x, y) for x in others):
+                continue
+            for product, x in zip(products, others):
                 self.complement[product] = x, y
                 self.uses[x] += 1
                 self.uses[y] += 1
@@ -131,6 +139,8 @@ class _Block:
         if op in ("+", "-") and self.cpp:
             fused = self._fused(node)
             if fused:
+                if self.uses[node] == 1 and node not in self.wanted:
+                    self.fused.add(node)
                 return fused, _ATOM
         if op in _INFIX:
             rank = _INFIX[op]
@@ -140,6 +150,8 @@ class _Block:
             ), rank
         if op == "neg":
             return f"-{self._operand(args[0], _UNARY)}", _UNARY
+        if op == "sigmoid" and args[0] in self.fused:
+            return self.text[args[0]][0].replace("fma(", "sigmoid_fma(", 1), _ATOM
         return f"{op}({', '.join(self.text[a][0] for a in args)})", _ATOM
 
     def _operand(self, node: Node, rank: int) -> str:
@@ -162,6 +174,15 @@ class _Block:
     def _factors(self, product: Node, negative: bool = False) -> str:
         a, b = product.args
         return f"-{self._operand(a, _UNARY)}, {self[b]}" if negative else f"{self[a]}, {self[b]}"
+
+
+def _descendants(order: Iterable[Node], names: Collection[str]) -> set[Node]:
+    """The nodes, in their order, that depend on inputs of these names."""
+    found: set[Node] = set()
+    for node in order:
+        if node.args[0] in names if node.op == "input" else any(a in found for a in node.args if isinstance(a, Node)):
+            found.add(node)
+    return found
 
 
 def formula_lines(cell: Cell) -> list[str]:
@@ -267,7 +288,7 @@ def _unpack(cell: Cell, names: Mapping[str, str], order: Iterable[Node]) -> list
 
 def _step_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
-    block = _Block([*f.new_state, f.h], f.names, names, cpp=True)
+    block = _Block([*f.new_state, f.h], f.names, names, cpp=True, late=cell.state)
     return [
         "  template <class real>",
         "  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,",

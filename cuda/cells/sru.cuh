@@ -20,10 +20,10 @@ struct sru_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
-    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real c = fma(f, c_prev, fma(-u0, f, u0));
     const real skip = alpha * x;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real h = fma(c - skip, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -40,10 +40,10 @@ struct sru_cell {
     const real c_prev = state[0];
     const real alpha = constant[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real t1 = dh * r;
     const real dc = dc_next + t1;
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     const real du0 = fma(-dc, f, dc);
     const real duf = du0 * (c_prev - u0) * f;
     const real c = fma(f, c_prev, fma(-u0, f, u0));
@@ -69,7 +69,7 @@ struct sru_cell {
     const real u0 = gate[0], uf = gate[1];
     const real b_f = param[0], v_f = param[2];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     jacobian[0] = fma((c_prev - u0) * (f * (real(1.0) - f)), v_f, f);
   }
 };

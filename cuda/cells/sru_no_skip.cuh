@@ -17,9 +17,9 @@ struct sru_no_skip_cell {
     const real u0 = gate[0], uf = gate[1], ur = gate[2];
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
-    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real c = fma(f, c_prev, fma(-u0, f, u0));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     new_state[0] = c;
     *new_h = c * r;
   }
@@ -33,9 +33,9 @@ struct sru_no_skip_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real dc = fma(dh, r, dc_next);
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     const real du0 = fma(-dc, f, dc);
     const real duf = du0 * (c_prev - u0) * f;
     const real c = fma(f, c_prev, fma(-u0, f, u0));
@@ -59,7 +59,7 @@ struct sru_no_skip_cell {
     const real u0 = gate[0], uf = gate[1];
     const real b_f = param[0], v_f = param[2];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     jacobian[0] = fma((c_prev - u0) * (f * (real(1.0) - f)), v_f, f);
   }
 };

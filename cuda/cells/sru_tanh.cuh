@@ -21,11 +21,11 @@ struct sru_tanh_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
-    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real c = fma(f, c_prev, fma(-u0, f, u0));
     const real skip = alpha * x;
     const real g = tanh(c);
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real h = fma(g - skip, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -42,9 +42,9 @@ struct sru_tanh_cell {
     const real c_prev = state[0];
     const real alpha = constant[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real dg = dh * r;
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     const real c = fma(f, c_prev, fma(-u0, f, u0));
     const real g = tanh(c);
     const real dc = fma(dg, fma(-g, g, real(1.0)), dc_next);
@@ -72,7 +72,7 @@ struct sru_tanh_cell {
     const real u0 = gate[0], uf = gate[1];
     const real b_f = param[0], v_f = param[2];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     jacobian[0] = fma((c_prev - u0) * (f * (real(1.0) - f)), v_f, f);
   }
 };

@@ -21,10 +21,10 @@ struct sru_v_per_step_dropout_cell {
     const real b_f = param[0], b_r = param[1];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
-    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real c = fma(f, c_prev, fma(-u0, f, u0));
     const real skip = alpha * x;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real h = fma((c - skip) * m, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -42,11 +42,11 @@ struct sru_v_per_step_dropout_cell {
     const real c_prev = state[0];
     const real alpha = constant[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real t1 = dh * r;
     const real t2 = t1 * m;
     const real dc = dc_next + t2;
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     const real du0 = fma(-dc, f, dc);
     const real duf = du0 * (c_prev - u0) * f;
     const real c = fma(f, c_prev, fma(-u0, f, u0));
@@ -77,7 +77,7 @@ struct sru_v_per_step_dropout_cell {
     const real v_f = input[1];
     const real b_f = param[0];
     const real c_prev = state[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
     jacobian[0] = fma((c_prev - u0) * (f * (real(1.0) - f)), v_f, f);
   }
 };
