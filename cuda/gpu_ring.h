@@ -120,28 +120,44 @@ struct GpuRing {
     }
   };
 
-  // Gives work n rows in turn. `copied` is at the first of which this thread copies a part, `marked` at the very first.
-  template <class Found, class From, class Reader, class Work>
+  // Gives work n rows in turn, `at_once` laps at a time. `copied` is at the first of which this thread copies a part,
+  // `marked` at the very first.
+  template <int at_once, class Found, class From, class Reader, class Work>
   SRU_FN void sweep(const From &copied, const Reader &marked, int n, Work &work) {
+    constexpr int early = 3;
+    static_assert(laps >= 2 * at_once, "some are on their way while others are gone through");
     Copies<From> copies = {copied, n, 0};
     Marks<Reader> marks(marked, n);
 #pragma unroll 1
-    for (int i = 1; i < laps; i++) copies.next();
+    for (int i = at_once; i < laps; i++) copies.next();
     int here = 0;
-    for (; n >= lap; n -= lap, here = after(here)) {
-      cp_async_wait<laps - 2>();
-      Stage::meet();  // what others have copied is there, and the lap before is no longer needed
-      copies.next();
+    for (; n >= at_once * lap; n -= at_once * lap) {
+      cp_async_wait<laps - 2 * at_once>();
+      Stage::meet();  // what others have copied is there, and the laps before are no longer needed
+      Found rows[at_once * lap];
+#pragma unroll
+      for (int i = 0; i < at_once; i++, here = after(here)) {
+        marks.next_lap();
+        const Lap<Found, Marks<Reader>> from = {place(here), marks, 0};
+#pragma unroll
+        for (int k = 0; k < lap; k++) {
+          if (i * lap + k == early)
+            for (int j = 0; j < at_once; j++) copies.next();
+          rows[i * lap + k] = from.read(k);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < at_once * lap; k++) work.take(rows[k], k);
+      work.advance(at_once * lap);
+    }
+    cp_async_wait<0>();
+    Stage::meet();
+    for (; n > 0; n -= lap, here = after(here)) {
       marks.next_lap();
       Lap<Found, Marks<Reader>> rows = {place(here), marks, 0};
-      Stage::template steps<lap>(rows, work);
-    }
-    cp_async_wait<laps - 2>();
-    Stage::meet();
-    marks.next_lap();
-    Lap<Found, Marks<Reader>> rows = {place(here), marks, 0};
 #pragma unroll 1
-    for (; n > 0; n--) Stage::template steps<1>(rows, work);
+      for (int k = n < lap ? n : lap; k > 0; k--) Stage::template steps<1>(rows, work);
+    }
   }
 
   // ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +174,7 @@ struct GpuRing {
     if (reverse) keep.skip(work.state, int(span.begin - span.from));
     typedef typename Sweep::template Reader<reverse, !reverse> Reader;
     const Reader copied(f.given, Stage::copied_by(at), span.time(span.begin + Stage::row_of_mine()));
-    sweep<Row>(copied, Reader(f.given, at, span.time(span.begin)), int(span.end - span.begin), work);
+    sweep<2, Row>(copied, Reader(f.given, at, span.time(span.begin)), int(span.end - span.begin), work);
     if (!reverse) keep.skip(work.state, int(span.to - span.end));
     Sweep::write_padding(f, at, span);
     Sweep::write_last(f, at, reverse, work.state);
@@ -176,7 +192,7 @@ struct GpuRing {
     const index_t last = span.end - 1;
     const auto copied = Sweep::back_reader(f, Stage::copied_by(at), span, last - Stage::row_of_mine());
     const typename Sweep::template Reader<reverse, reverse> marked(f.given, at, span.time(last));
-    sweep<BackRow>(copied, marked, int(span.end - span.begin), work);
+    sweep<1, BackRow>(copied, marked, int(span.end - span.begin), work);
     work.finish(f, at, span);
     work.pad(f, at, span);
   }

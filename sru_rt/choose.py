@@ -18,6 +18,7 @@ from .dtypes import state_dtype
 from .machine import Device, Machine, usual
 from .shared_memory import (
     LAP,
+    fewest_laps,
     ring_bytes,
     ring_channels,
     shared_channels,
@@ -228,7 +229,7 @@ def _in_shared(task: Task) -> Iterator[tuple[int, int]]:
     """Pieces that may be staged in shared memory, and laps that a ring may have there."""
     if not task.parallel:
         yield from ((staged, 0) for staged in range(1, 1 + task.most_staged))
-        yield from ((0, laps) for laps in task.laps if laps)
+        yield from ((0, laps) for laps in task.laps if laps and laps >= fewest_laps(task.forward))
 
 
 def _least(machine: Machine, kernels: dict[int, predict.Kernel], at: float) -> int:

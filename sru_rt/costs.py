@@ -51,8 +51,7 @@ def sweep(
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
     `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
-    if one alone is, each begins with a latency. With `laps` all comes through a ring in shared memory, of which one lap
-    is at hand.
+    if one alone is, each begins with a latency. With `laps` all comes through a ring in shared memory.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
@@ -67,7 +66,7 @@ def sweep(
         writes=writes,
         again=sum(replayed(variant)) if twice else 0,
         width=width,
-        depth=every if staged else (laps - 1) * shared_memory.LAP if laps else depth,
+        depth=every if staged else shared_memory.ahead(forward, laps) if laps else depth,
         replay_depth=replay_depth if twice else 0,
         refills=2 if twice else int(staged == 1),
         every=max(1, every),
@@ -208,7 +207,7 @@ def _lap_registers(variant: Variant, forward: bool, width: int, ring: bool) -> i
     words = _words(read(variant, forward, keep=1 if ring else 2), width)
     if not ring:
         return 50 + 6 * words
-    return 38 + 6 * words if forward else 40 + 7 * words
+    return 40 + 9 * words if forward else 40 + 7 * words
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ from .errors import ArgumentError, LibraryError
 from .machine import Device
 from .shared_memory import (
     LAP,
+    fewest_laps,
     ring,
     ring_bytes,
     ring_channels,
@@ -314,7 +315,8 @@ def _tiled(made: Plan, variant: Variant, every: int, steps: int) -> Plan:
 def _in_ring(made: Plan, variant: Variant) -> Plan:
     """The plan with what its ring holds, if its warps lie in one sequence and a block has room for it."""
     held, item = ring(variant, made.forward), ITEMSIZE[variant.dtype]
-    if made.d % (32 * made.width) or made.threads * made.width > ring_channels(variant, made.forward, made.laps):
+    fits = made.threads * made.width <= ring_channels(variant, made.forward, made.laps)
+    if made.d % (32 * made.width) or made.laps < fewest_laps(made.forward) or not fits:
         return replace(made, laps=0)
     row = made.width * sum(held.values())
     return replace(made, depth=LAP, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=16 // item)

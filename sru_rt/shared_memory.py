@@ -14,7 +14,7 @@ from .traffic import ITEMSIZE, read, summarised
 from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
-LAP = 8  # steps that are gone through at once, of rows that are in shared memory
+LAP = 8  # steps, of rows that are in shared memory
 # Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
 # chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
 _TILES = (32, 64, 128)
@@ -48,6 +48,24 @@ def staged_channels(variant: Variant, every: int, pieces: int) -> int:
 def ring(variant: Variant, forward: bool) -> dict[int, int]:
     """Sizes of what a ring holds of each step, by the number in `traffic.read`: all of it."""
     return dict(enumerate(read(variant, forward, keep=1)))
+
+
+def at_once(forward: bool) -> int:
+    """Steps of a ring that are gone through without a branch, so that one is computed while another waits.
+
+    Those of a backward are longer, and wait less for each other.
+    """
+    return 2 * LAP if forward else LAP
+
+
+def fewest_laps(forward: bool) -> int:
+    """Of a ring: as many steps as are gone through at once are on their way."""
+    return 2 * at_once(forward) // LAP
+
+
+def ahead(forward: bool, laps: int) -> int:
+    """Steps that a ring of so many laps has on their way."""
+    return laps * LAP - at_once(forward)
 
 
 def ring_bytes(variant: Variant, forward: bool, laps: int) -> int:

@@ -243,14 +243,14 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         (19, 3, 32),
         2,
         "all",
-        Way("threads=32,laps=2"),
+        Way("threads=32,laps=4"),
     ),
     "ring_of_pairs": (
         FULL["sru"] | {"dtype": "bfloat16"},
         (29, 2, 64),
         1,
         "lengths",
-        Way("threads=32,width=2,laps=3"),
+        Way("threads=32,width=2,laps=5"),
     ),
     "per_step": (
         FULL["sru"] | {"dtype": "float64", "v": "inputs", "dropout": True, "reset_on": "current"},

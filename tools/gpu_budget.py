@@ -28,7 +28,7 @@ from sru_rt import choose, compile_gpu, costs, machine, plan, predict
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import state_dtype
-from sru_rt.shared_memory import chunk_of_tile
+from sru_rt.shared_memory import at_once, chunk_of_tile
 from sru_rt.traffic import moved, reduced, replayed
 from sru_rt.variant import Variant
 
@@ -218,7 +218,7 @@ def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, in
         rows = [made.in_tile.bit_count() + len(variant.cell.state), len(replayed(variant))]
         return [*zip((made.depth, made.replay_depth), rows)]
     if made.laps:
-        return [(made.depth, made.in_tile.bit_count())]
+        return [(at_once(made.forward), made.in_tile.bit_count())]
     found = [(made.depth, inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count())]
     if made.lookahead:
         found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep))))
