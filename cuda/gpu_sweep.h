@@ -23,6 +23,7 @@ struct GpuSweep {
   static constexpr int n_sums = Cell::n_params + (Plan::parallel ? Cell::n_per_sequence : 0);
 
   SRU_FN constexpr bool is_wide(int i) { return (wide >> i) & 1; }
+  SRU_FN constexpr bool is_narrow(int param) { return (Plan::narrow >> param) & 1; }
   SRU_FN index_t batch(const Given &a) { return Plan::B ? Plan::B : a.B; }
   SRU_FN index_t pieces(index_t steps, index_t of) { return (steps + of - 1) / of; }
   SRU_FN index_t chunks(const Given &a) { return pieces(a.L, a.chunk); }
@@ -79,9 +80,10 @@ struct GpuSweep {
   SRU_FN index_t state_offset(const Given &a, const Part &at, int q) { return (q * batch(a) + at.b) * Plan::d + at.j; }
 
   // What is read once has no demands on its alignment.
-  SRU_FN real read_each(const acc *p) {
+  template <class T>
+  SRU_FN real read_each(const T *p) {
     real x;
-    for (int i = 0; i < width; i++) x.v[i] = p[i];
+    for (int i = 0; i < width; i++) x.v[i] = widen(load_packed<T, 1>(p + i)).v[0];
     return x;
   }
   SRU_FN void write_each(acc *p, real x) {
@@ -102,8 +104,11 @@ struct GpuSweep {
     SRU_MEMBER Fixed(const Given &a, const Part &at, int q) {
       for (int i = 0; i < Cell::n_per_sequence; i++)
         per_sequence[i] = read_each((const acc *)a.per_sequence[i].data + at.row(q) * a.per_sequence[i].stride + at.j);
-      for (int i = 0; i < Cell::n_params; i++)
-        param[i] = read_each((const acc *)a.param[i].data + q * a.param[i].stride + at.j);
+      for (int i = 0; i < Cell::n_params; i++) {
+        const index_t offset = q * a.param[i].stride + at.j;
+        param[i] = is_narrow(i) ? read_each((const Io *)a.param[i].data + offset)
+                                : read_each((const acc *)a.param[i].data + offset);
+      }
       for (int i = 0; i < Cell::n_constants; i++) constant[i] = real(a.constant[i]);
     }
   };
@@ -726,7 +731,8 @@ struct GpuSweep {
 
   static constexpr int groups = 8;
 
-  SRU_FN void sum_up(const acc *from, index_t n, index_t distance, acc *to) {  // null `to`: not wanted
+  template <class To>
+  SRU_FN void sum_up(const acc *from, index_t n, index_t distance, To *to) {  // null `to`: not wanted
     __shared__ acc sums[groups][32];
     acc sum = 0;
     for (index_t i = threadIdx.y; to && i < n; i += groups) sum += from[i * distance];
@@ -734,16 +740,20 @@ struct GpuSweep {
     __syncthreads();
     if (threadIdx.y != 0 || !to) return;
     for (int i = 1; i < groups; i++) sum += sums[i][threadIdx.x];
-    *to = sum;
+    store(to, narrow<To>(Vec<acc, 1>(sum)));
   }
 
   // Gradients of parameter blockIdx.y of direction blockIdx.z: over all sequences (and chunks of time).
   SRU_FN void sum_partials(const BackwardArguments<Cell> &f) {
     const Slot &slot = f.dparam[blockIdx.y];
     const index_t j = index_t(blockIdx.x) * 32 + threadIdx.x, step = n_sums * f.partial.stride;
-    acc *const to = slot.data && j < Plan::d ? (acc *)slot.data + blockIdx.z * slot.stride + j : nullptr;
-    const index_t n = batch(f.given) * (Plan::parallel ? chunks(f.given) : 1);
-    sum_up((const acc *)f.partial.data + blockIdx.z * step + blockIdx.y * f.partial.stride + j, n, Plan::D * step, to);
+    const index_t n = batch(f.given) * (Plan::parallel ? chunks(f.given) : 1), offset = blockIdx.z * slot.stride + j;
+    const acc *const from = (const acc *)f.partial.data + blockIdx.z * step + blockIdx.y * f.partial.stride + j;
+    const bool wanted = slot.data && j < Plan::d;
+    if (Plan::narrow && is_narrow(blockIdx.y))
+      sum_up(from, n, Plan::D * step, wanted ? (Io *)slot.data + offset : nullptr);
+    else
+      sum_up(from, n, Plan::D * step, wanted ? (acc *)slot.data + offset : nullptr);
   }
 };
 

@@ -98,6 +98,11 @@ class Cell:
         """The values of one kind, in the order in which kernels take them."""
         return _values_of_kind(self, kind)
 
+    def bits(self, kind: str, holds: Callable[[Array], bool]) -> int:
+        """Bit i says of the i-th value of one kind whether something holds of its array."""
+        members = (a for a in self.arrays if a.kind == kind for _ in a.members)
+        return sum(holds(a) << i for i, a in enumerate(members))
+
     @property
     def gates(self) -> tuple[str, ...]:
         return self.of_kind("gates")

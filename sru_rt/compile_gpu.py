@@ -52,9 +52,7 @@ def unit(variant: Variant, plan: Plan) -> str:
     """The source text of one pass."""
     cell = variant.cell
     size = abi.layout(cell, plan.forward).size
-    return source.gpu_kernel(
-        emit(cell), struct_name(cell), variant.dtype, variant.saved_dtype, variant.wide, plan, size
-    )
+    return source.gpu_kernel(emit(cell), struct_name(cell), variant, plan, size)
 
 
 def nvrtc() -> Any:

@@ -146,7 +146,10 @@ class Passes:
         self._u = operands[0]
         self._shape = (self._check["L"], self._check["B"], self._check["D"], self._check["d"])
         self._acc = state_dtype(self._u.dtype)
-        self._variant = Variant(cell, self._u.dtype, self._acc, self._wide())
+        dtypes = {a.name: array.dtype for a, array in zip(declared(cell), operands[ARRAYS:])}
+        wide = cell.bits("inputs", lambda a: dtypes[a.name] != self._u.dtype)
+        narrow = cell.bits("params", lambda a: dtypes[a.name] != self._acc)
+        self._variant = Variant(cell, self._u.dtype, self._acc, wide, narrow)
         self._chunks = chunks
         self._forward_chunk = self._chunk(forward=True)
         self._kept = kept(call, self._shape[0])
@@ -253,16 +256,6 @@ class Passes:
 
     def _states(self, *axes: int) -> Layout:
         return Layout(shape_of_state(self._cell, *axes), self._acc)
-
-    def _wide(self) -> int:
-        """Bit i says that input i of every step is in the dtype of the state."""
-        found, i = 0, 0
-        for a, array in zip(declared(self._cell), self._o[ARRAYS:]):
-            if a.kind == "inputs":
-                for _ in a.members:
-                    found |= (array.dtype != self._u.dtype) << i
-                    i += 1
-        return found
 
     def _chunk(self, forward: bool) -> int:
         """Steps of the chunks of time of one pass.

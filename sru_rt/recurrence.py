@@ -18,8 +18,6 @@ from .library import Library, NDArray
 from .on_numpy import NUMPY
 from .variant import Variant
 
-_STEP_KINDS = ("gates", "inputs")
-
 
 class Product(NamedTuple):
     """What a kernel forms U from itself: x (L, B, d_in) and the weight (D, k, d, d_in)."""
@@ -90,19 +88,23 @@ class Operands:
         return launch.chunk(variant, self.sizes, forward, self.time_parallel, self.library.device)
 
     def variant(self, saved_dtype: str) -> Variant:
-        wide, i = 0, 0
-        for declared in self.cell.arrays:
-            if declared.kind == "inputs":
-                is_wide = self.arrays[declared.name].dtype != to_numpy(self.dtype)
-                for _ in declared.members:
-                    wide |= is_wide << i
-                    i += 1
-        return Variant(self.cell, self.dtype, saved_dtype, wide)
+        dtypes = {name: array.dtype for name, array in self.arrays.items()}
+        dtype, acc = to_numpy(self.dtype), self.accumulator
+        wide = self.cell.bits("inputs", lambda a: dtypes[a.name] != dtype)
+        narrow = self.cell.bits("params", lambda a: dtypes[a.name] != acc)
+        return Variant(self.cell, self.dtype, saved_dtype, wide, narrow)
+
+
+def is_own(declared: Array, given: str, dtype: str, device: str) -> bool:
+    """Whether kernels beside U of `dtype` take an array given in another dtype in that of U, not that of the state."""
+    if declared.kind == "params":
+        return given == dtype and device != "cpu"
+    return declared.kind == "gates" or (declared.kind == "inputs" and given in (dtype, "bool"))
 
 
 def operand(declared: Array, array: NDArray, dtype: str, library: Library = NUMPY) -> NDArray:
     """`array` in the dtype in which kernels take it, C-contiguous; itself if it is so already."""
-    own = declared.kind == "gates" or (declared.kind == "inputs" and name_of(array.dtype) in (dtype, "bool"))
+    own = is_own(declared, name_of(array.dtype), dtype, library.device)
     return library.contiguous(array, to_numpy(dtype if own else state_dtype(dtype)))
 
 
@@ -229,7 +231,7 @@ def backward(
 ) -> tuple[dict[str, NDArray], list[NDArray]]:
     """The gradients of the arrays named in `need`, and of the initial states (D, B, d).
 
-    Gradients of gates and inputs have the dtype of what they are the gradient of, all others that of the state.
+    Gradients of arrays have the dtype in which kernels take these, those of states the states' own.
     """
     library = operands.library
     made = prepared_backward(operands, saved, every, dh, dc_last, need)
@@ -253,7 +255,7 @@ def prepared_backward(
     for a in cell.arrays:
         if a.name in need and a.kind != "state":
             array = operands.arrays[a.name]
-            gradients[a.name] = empty(array.shape, array.dtype if a.kind in _STEP_KINDS else acc)
+            gradients[a.name] = empty(array.shape, array.dtype)
     dc0 = [empty((D, B, d), acc) for _ in cell.state]
     variant = operands.variant(name_of(saved[0].dtype))
     scratch = launch.needs_scratch(variant, every, library.device)

@@ -11,6 +11,7 @@ from .errors import CompileError
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .variant import Variant
 
 CPP_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 
@@ -46,11 +47,9 @@ def cpu_kernel(cell_text: str, struct_name: str, dtype: str, saved_dtype: str, w
     )
 
 
-def gpu_kernel(
-    cell_text: str, struct_name: str, dtype: str, saved_dtype: str, wide: int, plan: Plan, struct_bytes: int
-) -> str:
+def gpu_kernel(cell_text: str, struct_name: str, variant: Variant, plan: Plan, struct_bytes: int) -> str:
     """The compile unit of one pass of a cell under a plan; see the end of the header that it includes."""
-    types = f"{struct_name}, {CPP_TYPES[dtype]}, {CPP_TYPES[saved_dtype]}, {wide}u"
+    types = f"{struct_name}, {CPP_TYPES[variant.dtype]}, {CPP_TYPES[variant.saved_dtype]}, {variant.wide}u"
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags = "has_mask has_reset wants_gates scratch_in_shared parallel shoots".split()
     flags += "reduce_reads_state saved_in_chunks".split()
@@ -66,7 +65,7 @@ struct plan {{
   static constexpr index_t B = {plan.B}, D = {plan.D}, d = {plan.d}, d_in = {plan.d_in};
   static constexpr index_t gate_stride = {plan.gate_stride};
   static constexpr bool {", ".join(f"{name} = {str(getattr(plan, name)).lower()}" for name in flags)};
-  static constexpr unsigned wants_inputs = {plan.wants_inputs}u, in_tile = {plan.in_tile}u;
+  static constexpr unsigned wants_inputs = {plan.wants_inputs}u, in_tile = {plan.in_tile}u, narrow = {variant.narrow}u;
   SRU_FN constexpr index_t input_stride(int i) {{ return {strides}; }}
 }};
 SRU_GPU_{entry}({types}, plan, {struct_bytes})

@@ -281,7 +281,7 @@ def test_the_kernel_text_holds_the_whole_plan():
     assert set(changed) == set(Plan.__dataclass_fields__)
 
     def text(p: Plan) -> str:
-        return source.gpu_kernel("", "cell", "bfloat16", "float32", 0, p, 8)
+        return source.gpu_kernel("", "cell", Variant(CELLS["sru"], "bfloat16", "float32"), p, 8)
 
     for name, value in changed.items():
         assert getattr(base, name) != value, name

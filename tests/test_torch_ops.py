@@ -291,7 +291,8 @@ def device(place, monkeypatch):
         return lambda value: value.cuda() if isinstance(value, torch.Tensor) else value
     monkeypatch.setattr(native, "_gpu", lambda tensor: torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=_STREAM))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(native, "_stream", lambda gpu: _STREAM)
     return lambda value: value
 
 

@@ -24,6 +24,7 @@ from ...errors import ArgumentError, CompileError, LibraryError
 from ...launch import Threads
 from ...passes import ARRAYS, Call, Layout, Pass, Passes, declared, shape_of_h
 from ...prepared import Prepared
+from ...recurrence import is_own
 
 Operands = tuple[Any, ...]
 
@@ -47,8 +48,17 @@ class Plan(NamedTuple):
         if self.gpu is None:
             self.prepared.run(addresses)
             return
+        if torch.cuda.current_device() == self.gpu.index:
+            self.prepared.run(addresses, _stream(self.gpu))
+            return
         with torch.cuda.device(self.gpu):
-            self.prepared.run(addresses, int(torch.cuda.current_stream(self.gpu).cuda_stream))
+            self.prepared.run(addresses, _stream(self.gpu))
+
+
+def _stream(gpu: torch.device) -> int:
+    """PyTorch's current stream: by the function that its own compiler uses, which makes no object of it."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(raw(gpu.index) if raw else torch.cuda.current_stream(gpu).cuda_stream)
 
 
 def _gpu(tensor: Tensor) -> torch.device | None:
@@ -102,7 +112,7 @@ def beside_u(call: Call, dtype: torch.dtype, given: Operands) -> Operands:
     acc = state_dtype(dtype)
     made = []
     for a, tensor in zip(declared(cell), arrays):
-        own = a.kind == "inputs" and tensor.dtype in (dtype, torch.bool)
+        own = is_own(a, name_of(tensor.dtype), name_of(dtype), str(_gpu(tensor) or "cpu"))
         made.append(_as(tensor, dtype if own else acc, rows=a.kind == "params"))
     return _as(c0, acc), _as(lengths, torch.int64), _as(mask, torch.bool), _as(reset, torch.bool), *made
 

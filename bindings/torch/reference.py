@@ -89,7 +89,7 @@ def _step(call: Call, o: Operands, t: int, q: int, state: list[Tensor]) -> tuple
         elif a.kind == "per_sequence":
             values |= zip(a.members, [tensor[:, q]])
         else:
-            values |= zip(a.members, tensor[q])
+            values |= zip(a.members, tensor[q].to(acc))
     values |= zip(cell.state, state)
     like = state[0]
     found = evaluate(
