@@ -152,14 +152,20 @@ struct GpuDecode {
     // Where there is no such sequence or channel, the last one is read.
     const Part at(b < B ? b : B - 1, channel < Plan::d ? channel : Plan::d - 1);
     const bool steps = lane % lanes == 0 && b < B && channel < Plan::d;
+    const line_type *const weight = (const line_type *)f.weight + (q * k * Plan::d + at.j) * lines + lane;
+    const int n = lines / 32 + (lane < lines % 32);
+    // What the kernel before does not write is on its way while that one runs, as a step of several layers is.
+    if (lane * Plan::line % 128 == 0)
+      for (int i = 0; i < k; i++)
+        for (int s = 0; s < n; s++) prefetch_to_l2(weight + i * Plan::d * lines + 32 * s);
+    wait_for_the_kernel_before();
+    let_the_next_kernel_begin();
     const typename Sweep::Fixed fixed(f.given, at, q);
     typename Sweep::Row row;
     read_inputs(f.given, at, q, row);
     real state[Cell::n_state] = {};
     if (steps) Sweep::initial_state(f.given, at, q, state);  // whose memory may be that of the last state
 
-    const line_type *const weight = (const line_type *)f.weight + (q * k * Plan::d + at.j) * lines + lane;
-    const int n = lines / 32 + (lane < lines % 32);
     Lines ring[depth];
 #pragma unroll
     for (int s = 0; s < depth; s++)

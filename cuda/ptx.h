@@ -100,6 +100,22 @@ SRU_PTX unsigned int acquire_flag(const unsigned int *p) {
 SRU_PTX void meet() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Kernels that begin while the one before still runs (see sru_rt/dependent.py), from sm_90 on. Until it has waited for
+// that one a kernel may only ask for lines to be brought to the second-level cache, which is the same for all: what
+// others write meanwhile is found there. Once all blocks have let the next one begin, or have ended, it may.
+
+SRU_PTX void prefetch_to_l2(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+#if __CUDA_ARCH__ >= 900
+SRU_PTX void wait_for_the_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+SRU_PTX void let_the_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+SRU_PTX void wait_for_the_kernel_before() {}
+SRU_PTX void let_the_next_kernel_begin() {}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------------
 // Copies from global to shared memory that a thread starts and need not wait for, from sm_80 on. Addresses are
 // multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
 // the thread's groups but the last few.

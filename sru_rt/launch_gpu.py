@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from . import abi, chunks, compile_gpu, plan, settings, shared_memory
+from . import abi, chunks, compile_gpu, dependent, plan, settings, shared_memory
 from .errors import LibraryError
 from .machine import Device
 from .plan import Plan
 from .variant import Variant
 
-_Function = Callable[..., None]
+_Function = Any  # of CuPy
+
+_MOST_BYTES = 4096  # of the parameters of a kernel
 
 # What a driver says of code that it does not take.
 _REFUSALS = ("INVALID_IMAGE", "NO_BINARY_FOR_GPU", "UNSUPPORTED", "INVALID_PTX", "INVALID_SOURCE")
@@ -39,11 +41,20 @@ class _Launch(NamedTuple):
     """A planned pass on one device, but for its addresses and the number of steps."""
 
     kernels: Sequence[_Kernel]
-    struct: np.dtype[Any]  # of the arguments, as one value
+    launch_kernel: Callable[..., None]  # the driver's, by CuPy: its `Function` takes longer
 
 
-class _Stream(NamedTuple):
-    ptr: int
+class _Parameters(threading.local):
+    """Memory of a thread for the parameter of its next kernel, and where the driver finds that; it makes a copy."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(_MOST_BYTES)
+        self.at = ctypes.addressof(self.memory)
+        self._pointers = (ctypes.c_void_p * 1)(self.at)
+        self.pointers = ctypes.addressof(self._pointers)
+
+
+_parameters = _Parameters()
 
 
 def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, stream: int) -> None:
@@ -58,10 +69,11 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
 
 def launch(planned: _Launch, packed: bytes, given: abi.Given, stream: int) -> None:
     """Launches a planned pass with packed arguments, of which `given` has the sizes."""
-    values, on = (np.frombuffer(packed, planned.struct),), _Stream(stream)
+    ctypes.memmove(_parameters.at, packed, len(packed))
     for function, (x, y, z), block, shared, but in planned.kernels:
         depth = z if but is None else chunks.count(given.L, given.chunk) - but
-        function((x, y, depth), block, values, shared_mem=shared, stream=on)
+        if x and y and depth:  # a grid of no blocks is none to the driver
+            planned.launch_kernel(function.ptr, x, y, depth, *block, shared, stream, _parameters.pointers, 0)
 
 
 def prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:
@@ -103,7 +115,14 @@ def _prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: in
     kernels = _sweeps(variant, made, given, functions) if given.B else []
     if isinstance(arguments, abi.Backward):
         kernels += _sums(made, arguments, functions)
-    return _Launch(kernels, np.dtype((np.void, abi.layout(variant.cell, made.forward).size)))
+    return _Launch(kernels, _launcher(made.decodes and facts.arch >= dependent.SINCE_ARCH))
+
+
+def _launcher(begins_early: bool) -> Callable[..., None]:
+    """What launches kernels, which may let them begin while the one before them still runs."""
+    cuda = importlib.import_module("cupy").cuda
+    early = dependent.launcher(int(cuda.runtime.driverGetVersion())) if begins_early else None
+    return early or cuda.driver.launchKernel
 
 
 def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[str, _Function]) -> list[_Kernel]:

@@ -26,7 +26,7 @@ _NOTHING = nullcontext()
 _workspace = Workspace()
 
 # Kernels load up to this many bytes at once. CuPy's own memory begins at multiples of 512; a view may begin anywhere.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 _DATA_TYPES = {"float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF", "float32": "CUDA_R_32F", "float64": "CUDA_R_64F"}
 
@@ -99,12 +99,12 @@ class CuPy:
 
     def contiguous(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:
         array = self.xp.ascontiguousarray(array, dtype)
-        return array if array.data.ptr % _ALIGNMENT == 0 else array.copy()
+        return array if array.data.ptr % ALIGNMENT == 0 else array.copy()
 
     def not_writable(self, array: NDArray) -> str:
-        if array.flags.c_contiguous and array.data.ptr % _ALIGNMENT == 0:
+        if array.flags.c_contiguous and array.data.ptr % ALIGNMENT == 0:
             return ""
-        return f"C-contiguous, with an address that is a multiple of {_ALIGNMENT} bytes"
+        return f"C-contiguous, with an address that is a multiple of {ALIGNMENT} bytes"
 
     def times(self, a: NDArray, b: NDArray, plus: NDArray | None = None) -> NDArray:
         out = self.empty((a.shape[0], b.shape[1]), a.dtype) if plus is None else plus

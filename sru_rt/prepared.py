@@ -5,6 +5,8 @@ What depends on shapes, dtypes and settings is done once, so that a call is to f
 
 from __future__ import annotations
 
+import functools
+import operator
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -89,10 +91,15 @@ class Prepared:
         """Runs the pass in order on `stream`."""
         if self._filled_in:
             self._filled_in(self._pack(*addresses))
-        elif self._device == "cpu" or any(int(a) & 15 for a in addresses[self._n_constants :]):
+        elif self._device == "cpu" or self._is_odd(addresses):
             launch.run(self._variant, _filled(self._arguments, addresses), self._device, stream)
         else:
             self.load()(self._packed(addresses), stream)
+
+    def _is_odd(self, addresses: Sequence[float]) -> bool:
+        """Whether an address is no multiple of 16, as allocators give them."""
+        at: Any = addresses[self._n_constants :]
+        return bool(functools.reduce(operator.or_, at) & 15)
 
     def _packed(self, addresses: Sequence[float]) -> bytes:
         """The arguments of a kernel of a GPU."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import library as libraries
-from . import settings, spots
+from . import on_cupy, settings, spots
 from .again import Backward, Forward, Kept, Lengths, Projected
 from .dtypes import name_of, to_numpy
 from .inputs import Input
@@ -84,8 +84,10 @@ def _describe(values: Iterable[Any], found: list[Any], arrays: list[NDArray]) ->
 def _layout(kind: type, array: Any) -> Hashable:
     """Layout and device of an array of CuPy, or of a tensor of PyTorch; None of others, or if it is to be converted."""
     if kind is getattr(sys.modules.get("cupy"), "ndarray", None):
-        library: Any = libraries.of(array)
-        return None if library.not_writable(array) else (array.shape, array.dtype, library.device)
+        memory = array.data
+        if not array.flags.c_contiguous or memory.ptr % on_cupy.ALIGNMENT:
+            return None
+        return array.shape, array.dtype, memory.device_id
     torch: Any = sys.modules.get("torch")
     if torch is None or not (kind is torch.Tensor or kind is torch.nn.Parameter):
         return None

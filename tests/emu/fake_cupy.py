@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from sru_rt import launch_gpu, plan
+from sru_rt import dependent, launch_gpu, plan
 
 from . import emulator
 
@@ -583,6 +583,11 @@ class Function:
         made._kernel, made._device = kernel, device
         return made
 
+    @property
+    def ptr(self) -> int:
+        _functions[id(self)] = self
+        return id(self)
+
     def __call__(
         self,
         grid: Any,
@@ -597,6 +602,24 @@ class Function:
         ptr = get_current_stream().ptr if stream is None else stream.ptr
         record.launches.append((self._kernel.name, _here.device, ptr))
         self._kernel(grid, block, args, shared_mem)
+
+
+_functions: dict[int, Function] = {}  # of those that were asked for their address
+
+
+def launch_kernel(
+    function: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, at: int, extra: int
+) -> None:
+    """CuPy's `driver.launchKernel`, of kernels with one parameter."""
+    found = _functions[function]
+    (size,) = found._kernel.argument_sizes
+    value = ctypes.string_at(ctypes.c_void_p.from_address(at).value or 0, size)
+    found((gx, gy, gz), (bx, by, bz), (np.frombuffer(value, np.dtype((np.void, size))),), shared, ExternalPtr(stream))
+
+
+class ExternalPtr:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -632,7 +655,7 @@ runtime = _module(
         "totalGlobalMem": 1 << 30,
     },
 )
-driver = _module("cupy_backends.cuda.api.driver", CUDADriverError)
+driver = _module("cupy_backends.cuda.api.driver", CUDADriverError, launchKernel=launch_kernel)
 cublas = _module(
     "cupy_backends.cuda.libs.cublas",
     CUBLASError,
@@ -706,6 +729,7 @@ def installed(monkeypatch: Any) -> Any:
         patch.setattr(launch_gpu, "_load", functools.cache(launch_gpu._load.__wrapped__))
         patch.setattr(launch_gpu, "device_facts", functools.cache(launch_gpu.device_facts.__wrapped__))
         patch.setattr(plan, "_batches", {})
+        patch.setattr(dependent, "launcher", lambda driver_version: None)  # of a true driver, if there is one
         record.clear()
         _math_modes.clear()
         _here.device, _here.streams = 0, {}

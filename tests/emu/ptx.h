@@ -46,6 +46,13 @@ SRU_PTX unsigned int acquire_flag(const unsigned int *p, EMU_SITE) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Kernels run one after another here
+
+SRU_PTX void prefetch_to_l2(const void *) {}
+SRU_PTX void wait_for_the_kernel_before() {}
+SRU_PTX void let_the_next_kernel_begin() {}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // A barrier that has no line of its own
 
 SRU_PTX void meet() { emu::barrier({"barrier.sync", 0}, false); }
