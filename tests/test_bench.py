@@ -578,6 +578,23 @@ def test_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].endswith("at most about 450 s for each of 2 parts")
 
 
+def test_a_list_of_some_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shapes of some parts, and our own rows on some arrays."""
+    chosen = ["--shape", "scan=6,2,8", "7,2,8", "--binding", "arrays", "torch", "--peer", "torch.nn.LSTM"]
+    assert main(["bench", "--list", "--part", "scan", "layers", "--threads", "2", *chosen]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    layers = next(i for i, line in enumerate(lines) if line.startswith("layers"))
+    assert {line.split(")")[0] for line in lines[1:layers]} == {"  float32 (6, 2, 8", "  float32 (7, 2, 8"}
+    assert {line.split(")")[0] for line in lines[layers + 1 : -1]} == {"  float32 (7, 2, 8"}
+    assert any("sru_rt in PyTorch" in line for line in lines) and not any("JAX" in line for line in lines)
+
+
+def test_shapes_of_no_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--shape", "layer=3,2,4"])
+    assert "'layer' in 'layer=3,2,4' is no part; parts are scan, cells" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shape", ["3,2", "3,2,4,3", "3,0,4", "3,2,x"])
 def test_shapes_that_are_none(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

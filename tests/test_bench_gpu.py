@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -339,12 +340,12 @@ def test_what_cannot_be_captured_is_launched_one_by_one(gpu: Any, monkeypatch: p
     assert len(calls) == before + 2 * 20
 
 
-def test_clock_of_pytorch() -> None:
+def test_clock_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be captured becomes a graph of many calls, what cannot is called as often."""
     torch, calls = fake_torch(), []
-    clock = clocks.TorchClock.__new__(clocks.TorchClock)
-    clocks._Gpu.__init__(clock)
-    clock.torch = torch
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    clock = clocks.TorchClock()
     one = lambda: calls.append(0)  # noqa: E731  (it gets an attribute below)
     assert clock.facts("captured", [one])["launched"] == "as a graph"
     before = len(calls), torch.cuda.replays
@@ -371,13 +372,11 @@ def fake_torch() -> Any:
         def replay(self) -> None:
             cuda.replays += 1
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
     event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 0.1)
     cuda = types.SimpleNamespace(
-        Stream=lambda: stream,
-        current_stream=lambda: stream,
-        stream=lambda s: Context(),
-        graph=lambda g: Context(),
+        Stream=object,
+        set_stream=lambda stream: None,
+        graph=lambda g, stream: Context(),
         CUDAGraph=Graph,
         Event=lambda enable_timing: event,
         synchronize=lambda: None,
@@ -396,7 +395,7 @@ def test_a_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if "bfloat16 (2048, 16, 1024) SRU by sru_rt, forward:" in line)
     plan = command.plan_of(_first(), FORWARD, Device(90, 132))
-    assert plan == "1 x 64 threads, 24 ahead, through shared memory"
+    assert plan == "1 x 64 threads, 32 ahead, through shared memory"
     assert line.endswith(f": 10 B/element; on an H200 {plan}")
     assert lines[-1].endswith("of 1 parts")
 

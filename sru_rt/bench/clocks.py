@@ -139,7 +139,10 @@ class _Gpu(Clock, abc.ABC):
             try:
                 return functools.partial(self._timed, self._graph(launch)), "as a graph"
             except RuntimeError as error:  # of the driver, by CuPy and PyTorch
-                how = f"one by one, as a capture fails: {' '.join(str(error).split())[:100]}"
+                first: BaseException = error  # the end of a capture only says that there was one
+                while first.__context__ is not None:
+                    first = first.__context__
+                how = f"one by one, as a capture fails: {' '.join(str(first).split())[:100]}"
         else:
             how = "one by one"
         return functools.partial(self._timed, launch), how
@@ -205,11 +208,14 @@ def _launch(graph: Any, stream: Any, pool: Any) -> None:
 
 
 class TorchClock(_Gpu):
-    """A GPU through PyTorch."""
+    """A GPU through PyTorch. All work of the process is on the stream that captures: autograd runs a backward on the
+    stream of its forward, and sums gradients on the one where a leaf was first used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.torch = importlib.import_module("torch")
+        self._stream = self.torch.cuda.Stream()
+        self.torch.cuda.set_stream(self._stream)
         self.cache_bytes = int(self.torch.cuda.get_device_properties(0).L2_cache_size)
 
     def synchronize(self) -> None:
@@ -228,13 +234,9 @@ class TorchClock(_Gpu):
 
     def _graph(self, launch: Call) -> Call:
         cuda = self.torch.cuda
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):  # as PyTorch asks for before a capture
-            launch()
-        cuda.current_stream().wait_stream(side)
+        launch()  # as PyTorch asks for before a capture
         graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
+        with cuda.graph(graph, stream=self._stream):
             launch()
         replay: Call = graph.replay
         return replay

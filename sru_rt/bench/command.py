@@ -67,6 +67,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         dtypes=tuple(options.dtype),
         shapes=tuple(options.shape),
         peers=tuple(options.peer),
+        bindings=tuple(options.binding),
         threads=min(threads, 2) if options.threads is None else threads,
         rounds=options.rounds or (1 if quick else 7 if options.device == "cpu" else 3),
         seconds=0.2 if options.device == "cpu" and not quick else 0.03,
@@ -117,18 +118,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--rounds", type=int, metavar="N", help="blocks of each row (default: 7 on the CPU, 3 on a GPU)")
     option("--threads", type=int, metavar="N", help="of sru_rt, BLAS and peers on the CPU (default: 2)")
     option("--dtype", nargs="+", choices=("float16", "bfloat16", "float32", "float64"), default=[], help="of x")
-    option("--shape", nargs="+", type=_shape, default=[], metavar="L,B,d[,D]", help="in place of those of the parts")
+    shape = "in place of those of the parts; of one part as in layers=128,32,512"
+    option("--shape", nargs="+", type=_shape, default=[], metavar="[PART=]L,B,d[,D]", help=shape)
     option("--peer", nargs="+", choices=peers, default=[], metavar="NAME", help=f"of {', '.join(peers)}; default: all")
+    libraries = ("arrays", "torch", "jax")
+    option("--binding", nargs="+", choices=libraries, default=[], help="our own rows on these; default: all")
     option("--table", type=Path, metavar="FILE", help="measure nothing; write FILE as a table")
     option("--summary", type=Path, metavar="FILE", help="likewise, comparisons alone, by shapes")
     option("--plot", nargs=2, metavar=("FILE", "FOLDER"), help="likewise, as pictures in FOLDER")
 
 
-def _shape(text: str) -> parts.Shape:
+def _shape(text: str) -> tuple[str, parts.Shape]:
+    part, _, sizes = text.rpartition("=")
     try:
-        shape = tuple(map(int, text.split(",")))
+        shape = tuple(map(int, sizes.split(",")))
     except ValueError:
         shape = ()
     if len(shape) not in (3, 4) or min(shape) < 1 or max(shape[3:], default=1) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 128,32,512, or 128,32,512,2 for two directions")
-    return shape
+    if part and part not in parts.BY_NAME:
+        raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no part; parts are {', '.join(parts.BY_NAME)}")
+    return part, shape

@@ -83,7 +83,7 @@ PARTS = (
         "time",
         "a sweep of L with a single sequence",
         "cell",
-        ("SRU", "minGRU"),
+        ("SRU", "SRU without v", "minGRU"),
         tuple((L, 1, 1024) for L in (1024, 4096, 16384)),
         tuple((L, 1, 1024) for L in (1024, 4096, 16384, 65536, 262144)),
     ),
@@ -150,6 +150,7 @@ def _on_gpu(problem: Problem, who: str, which: str, shape: Shape) -> float | Non
 
 _MOST_US = {
     ("cell", "SRU", "bfloat16", (65536, 1, 1024), FORWARD): 320.0,
+    ("cell", "SRU without v", "bfloat16", (65536, 1, 1024), SAVE): 235.0,
     ("cell", "minGRU", "bfloat16", (65536, 1, 1024), FORWARD): 130.0,
     ("layer", "SRU", "bfloat16", FIRST_GPU, FORWARD): 305.0,
     ("layer", "SRU", "float32", SMALL, FORWARD): 8.0,

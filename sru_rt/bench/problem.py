@@ -73,6 +73,7 @@ class Cell(NamedTuple):
     backward: Callable[..., Any]
     params: dict[str, int]  # by name, how many each holds for a channel
     options: dict[str, Any]
+    narrow: bool = False  # whether states are kept in the dtype of x
 
     @property
     def skip(self) -> bool:
@@ -92,6 +93,9 @@ def _own(cell: Any, params: dict[str, int], **constants: Any) -> Cell:
 
 CELLS = {
     "SRU": _built_in("sru", sru_cell(SRUOptions()), {"bias": 2, "v": 2}, alpha=ALPHA),
+    "SRU without v": _built_in(
+        "sru", sru_cell(SRUOptions(v="none")), {"bias": 2}, alpha=ALPHA
+    )._replace(narrow=True),
     "QRNN fo": _built_in("qrnn", qrnn_cell(QRNNOptions()), {"bias": 3}),
     "QRNN ifo with highway": _built_in(
         "qrnn", qrnn_cell(QRNNOptions(pooling="ifo", skip="x")), {"bias": 4}, pooling="ifo", highway=True
@@ -141,6 +145,11 @@ class Problem(NamedTuple):
         return self.L * self.channels
 
     @property
+    def saved_dtype(self) -> str:
+        """Of the states that are kept."""
+        return self.dtype if self.cell.narrow else state_dtype(self.dtype)
+
+    @property
     def shape(self) -> str:
         more = (f", D={self.D}" if self.D > 1 else "") + (", ragged" if self.ragged else "")
         return f"({self.L}, {self.B}, {self.d}{more}{f', {self.layers} layers' if self.layers > 1 else ''})"
@@ -162,7 +171,7 @@ class Problem(NamedTuple):
 def streams(problem: Problem, which: str) -> tuple[list[float], list[float]]:
     """Bytes that one pass must read and must write for an element of h, array by array: each value over time counts
     once. Parameters and sums over time, under a hundredth, are left out."""
-    core, item, state = problem.cell.core, ITEMSIZE[problem.dtype], ITEMSIZE[state_dtype(problem.dtype)]
+    core, item, state = problem.cell.core, ITEMSIZE[problem.dtype], ITEMSIZE[problem.saved_dtype]
     given: list[float] = [item] * (len(core.gates) + len(core.inputs))
     every = {SAVE: 1, BACKWARD: 1, SAVE_32: 32, BACKWARD_32: 32}.get(which, 0)
     kept = [state / every] * len(core.state) if every else []

@@ -32,12 +32,21 @@ class Row(NamedTuple):
         return self.contestant.label(self.problem, self.which)
 
 
-def planned(part: str, group: Sequence[Problem], device: str, threads: int, who: Sequence[str] = ()) -> list[Row]:
-    """The rows of a group; `who` names contestants beside our own and the yardsticks, all by default."""
+def planned(
+    part: str,
+    group: Sequence[Problem],
+    device: str,
+    threads: int,
+    who: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+) -> list[Row]:
+    """The rows of a group; `who` names contestants beside our own and the yardsticks, `bindings` are the arrays that
+    these are on, all by default."""
     found = []
     for one in contestants.ALL:
         missing = bool(one.missing(device))
-        if who and "peers" in one.process and one.name not in who:
+        asked, name = (who, one.name) if "peers" in one.process else (bindings, one.process)
+        if asked and name not in asked:
             continue
         for problem in group:
             passes = one.passes(problem, device) if one.stacks or problem.layers == 1 else ()

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     device: str
     parts: tuple[str, ...]
     dtypes: tuple[str, ...]
-    shapes: tuple[parts.Shape, ...]
+    shapes: tuple[tuple[str, parts.Shape], ...]  # of a part, or with "" of all
     peers: tuple[str, ...]
     threads: int
     rounds: int
@@ -43,14 +43,16 @@ class Plan(NamedTuple):
     pause: float  # seconds of sleep before each block: by then the threads of the last block spin no more
     budget: float  # of a part
     quick: bool = False  # the first shape of each part alone
+    bindings: tuple[str, ...] = ()  # of our own rows only those on these arrays
 
     def groups(self) -> Iterator[tuple[str, list[Row]]]:
         """The parts, and the rows of each of their groups."""
         for name in self.parts:
-            groups = list(parts.BY_NAME[name].groups(self.device, self.dtypes, self.shapes))
+            shapes = [shape for part, shape in self.shapes if part in ("", name)]
+            groups = list(parts.BY_NAME[name].groups(self.device, self.dtypes, shapes))
             for group in groups[:1] if self.quick else groups:
                 group = group[:QUICK_CELLS] if self.quick else group
-                rows = planned(name, group, self.device, self.threads, self.peers)
+                rows = planned(name, group, self.device, self.threads, self.peers, self.bindings)
                 if rows:
                     yield name, rows
 

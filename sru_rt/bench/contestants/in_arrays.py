@@ -11,7 +11,7 @@ import numpy as np
 
 import sru_rt
 
-from ... import on_cupy
+from ... import on_cupy, shared_memory
 from ...calls import Call
 from ...dtypes import state_dtype, to_numpy
 from ...library import Library
@@ -28,9 +28,11 @@ SMALL_ELEMENTS = 1 << 18  # of h, beside which what a call costs can be seen
 def plan_of(problem: Problem, which: str, gpu: Device) -> str:
     """How a pass runs on a GPU, as far as the planner decides it from sizes."""
     every = {SAVE: 1, BACKWARD: 1, SAVE_32: 32, BACKWARD_32: 32}.get(which, 0)
-    call = Call(problem.cell.core, problem.dtype, problem.D, problem.d, every, L=problem.L)
+    call = Call(
+        problem.cell.core, problem.dtype, problem.D, problem.d, every, saved_dtype=problem.saved_dtype, L=problem.L
+    )
     made = call.plans("backward" if which in (BACKWARD, BACKWARD_32) else "forward", problem.B, gpu)[0]
-    ahead = (made.laps - 1) * made.depth if made.laps else made.depth
+    ahead = shared_memory.ahead(made.forward, made.laps) if made.laps else made.depth
     text = f"{made.width} x {made.threads} threads, {ahead} ahead"
     text += ", through shared memory" if made.laps or made.staged else ""
     return text + ", in parallel over time" if made.parallel else text
@@ -143,8 +145,9 @@ def _recurrence(problem: Problem, arrays: dict[str, Any], library: Library, pass
     calls: dict[str, Timed] = {FORWARD: forward}
     for save, backward, every in ((SAVE, BACKWARD, True), (SAVE_32, BACKWARD_32, 32)):
         if save in passes:
-            calls[save] = fresh(partial(forward, save=every), library)
-            saved = forward(save=every)[2]
+            keeping = partial(forward, save=every, saved_dtype=problem.saved_dtype)
+            calls[save] = fresh(keeping, library)
+            saved = keeping()[2]
             calls[backward] = fresh(partial(cell.backward, saved, dh), library)
     return calls
 

@@ -60,6 +60,9 @@ class Clone(_Overhead):
     process = "torch"
     needs = ("torch",)
 
+    def passes(self, problem: Problem, device: str) -> tuple[str, ...]:
+        return super().passes(problem, "cpu")
+
     def build(self, problem: Problem, place: Place) -> Built:
         tensors.start(place)
         return Built({FORWARD: [tensors.tensor(given(problem)["x"]).clone]})

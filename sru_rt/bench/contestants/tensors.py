@@ -171,5 +171,4 @@ def calls(evaluate: Callable[[], Any], train: Callable[[], Any], leaves: list[An
         recorded[:] = recorded or [train()]
         return torch.autograd.grad(recorded[0], leaves, dh, retain_graph=True)
 
-    backward.captures = False  # type: ignore[attr-defined]  # it runs on the stream of the forward
     return {FORWARD: forward, SAVE: train, BACKWARD: backward, BOTH: both}
