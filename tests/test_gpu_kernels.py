@@ -466,21 +466,34 @@ BIG_CASES = [
 )
 @pytest.mark.parametrize("place, sizes", BIG_CASES, indirect=["place"])
 def test_as_on_the_cpu(place, sizes, cell, dtype, save, monkeypatch):
-    """Against the compiled kernels of the CPU, as the oracle would take too long."""
+    """As near as those of the CPU to what these make of the same in float64, as the oracle would take too long.
+
+    Some of so many channels magnify an error from step to step; GPUs have other sigmoids, and so other errors.
+    """
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
     problem = random_problem(dtype, *sizes, cell=cell)
     got = run(place, problem, save=save)
     (h, last), gradients = problem.run(save=save)
-    tolerance.check("h", got.h, h.astype("f8"), apart(dtype))
-    tolerance.check("last", got.last, last.astype("f8"), apart("float32"))
+    (h_exact, last_exact), exact = in_float64(problem).run(save=save)
+    near("h", got.h, h, h_exact)
+    near("last", got.last, last, last_exact)
     for name in gradients:
-        wanted = getattr(gradients, name)
-        tolerance.check(f"d{name}", got.gradients[name], wanted.astype("f8"), 4 * apart(wanted.dtype.name))
+        near(f"d{name}", got.gradients[name], getattr(gradients, name), getattr(exact, name))
 
 
-def apart(dtype: str) -> float:
-    """Both may be rounded to the other side, and a long sequence gathers more error than the table has in mind."""
-    return 2 * tolerance.EPS[dtype] + 1024 * tolerance.EPS["float32"]
+def in_float64(problem: Problem) -> Problem:
+    def wide(value: Any) -> Any:
+        return value.astype("f8") if isinstance(value, np.ndarray) and value.dtype.kind not in "bi" else value
+
+    arrays, options = ({n: wide(v) for n, v in given.items()} for given in (problem.arrays, problem.options))
+    return replace(
+        problem, arrays=arrays, options=options, dh=wide(problem.dh), dlast=wide(problem.dlast), dtype="float64"
+    )
+
+
+def near(name: str, got: np.ndarray, of_the_cpu: np.ndarray, exact: np.ndarray) -> None:
+    rounding = 2 * tolerance.EPS[of_the_cpu.dtype.name]
+    tolerance.check(name, got, exact, rounding + 8 * tolerance.error(of_the_cpu, exact))
 
 
 OFFSET_CASES = [

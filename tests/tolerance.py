@@ -39,6 +39,10 @@ def check(name: str, got: np.ndarray, wanted: np.ndarray, bound: float) -> None:
     assert got.shape == wanted.shape, f"{name}: shape {got.shape}, wanted {wanted.shape}"
     if not wanted.size:
         return
-    scale = max(np.abs(wanted).max(), 1e-30)
-    error = np.abs(got - wanted).max() / scale
-    assert error <= bound, f"{name}: relative error {error:.2e}, allowed {bound:.2e}"  # a NaN fails as well
+    found = error(got, wanted)
+    assert found <= bound, f"{name}: relative error {found:.2e}, allowed {bound:.2e}"  # a NaN fails as well
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, relative to the largest magnitude."""
+    return float(np.abs(np.asarray(got, np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-30))
