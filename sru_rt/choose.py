@@ -44,8 +44,9 @@ _RING_REGISTERS |= {"from pieces in chunks": 48, "replay in chunks": 48, "settle
 _WARM_UP = 64
 # Latencies for which plans are made, of those that are predicted: reads and writes disturb each other, and a ring of
 # registers that is too deep costs less than one that is not deep enough. In shared memory, more copies under way than
-# are needed were found to cost some 5 %.
-_CAUTION, _CAUTION_IN_SHARED = 1.5, 1.25
+# are needed were found to cost some 5 %. Through a ring there a step took 1.5 to 2 us on an H200, divided by the steps
+# that were under way, wherever that is longer than a copy takes.
+_CAUTION, _CAUTION_IN_SHARED, _CAUTION_IN_RINGS = 1.5, 1.25, 2.25
 _COPIES_SINCE = 80  # the first architecture with asynchronous copies
 _FEW = 192  # channels of a multiprocessor, below which pairs would leave too few warps
 _ALIKE = 1.02  # predictions that count as the same
@@ -189,7 +190,7 @@ def batches(row: int, device: Device) -> Iterator[int]:
 def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     """The choice for the load `at`."""
     at, machine = _LOAD_IN_CHUNKS if task.parallel else at, _cautious(arch, multiprocessors)
-    less = _cautious(arch, multiprocessors, _CAUTION_IN_SHARED)
+    less, of_rings = (_cautious(arch, multiprocessors, n) for n in (_CAUTION_IN_SHARED, _CAUTION_IN_RINGS))
     # Three sweeps of pairs in both directions would have no room in the registers.
     wide = task.pairs and task.block(2) >= THREADS[0] and not (task.parallel and task.sweep == "from pieces")
     found: dict[Choice, float] = {}  # seconds
@@ -202,7 +203,8 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
             if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
                 choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
-                found[choice] = max(_time(less, choice.kernel(task), at * more).worst / more for more in _LIKE)
+                times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]
+                found[choice] = max((t.middle if laps else t.worst) / more for t, more in zip(times, _LIKE))
     if not found:  # no block has room for the ring that is asked for
         return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())

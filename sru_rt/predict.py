@@ -73,6 +73,11 @@ class Time(NamedTuple):
         """If it does none of it then."""
         return self._total(self.issue + self.chain)
 
+    @property
+    def middle(self) -> float:
+        """If it does half of what could be done then."""
+        return self._total((max(self.issue, self.chain) + self.issue + self.chain) / 2)
+
     def _total(self, arithmetic: float) -> float:
         steps = max(self.in_flight, arithmetic, self.special, self.products, self.alone) + self.refill
         return max(self.memory, self.cache, steps) + self.fill + self.launch

@@ -395,7 +395,7 @@ def test_a_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if "bfloat16 (2048, 16, 1024) SRU by sru_rt, forward:" in line)
     plan = command.plan_of(_first(), FORWARD, Device(90, 132))
-    assert plan == "1 x 64 threads, 32 ahead, through shared memory"
+    assert plan == "1 x 64 threads, 48 ahead, through shared memory"
     assert line.endswith(f": 10 B/element; on an H200 {plan}")
     assert lines[-1].endswith("of 1 parts")
 
