@@ -9,6 +9,7 @@ import sys
 import warnings
 from typing import Any
 
+from ..clocks import Call
 from ..contest import APART_AND_BOTH, LeftOut, passes_of
 from ..problem import Problem, given
 from . import tensors
@@ -43,9 +44,24 @@ class Sru(OnTorch):
             raise LeftOut(f"its CUDA code does not build with torch {torch.__version__}: {failed}")
         make = module.SRUCell
         subject: Any = sru_like(make, problem) if problem.of_layers else _cell(torch, make, problem)
-        for call in subject.calls.values():  # it launches on the legacy stream
-            call.captures = False
+        if tensors.device() == "cuda":
+            subject.calls = {which: _on_legacy_stream(torch, call) for which, call in subject.calls.items()}
         return subject
+
+
+def _on_legacy_stream(torch: Any, call: Call) -> Call:
+    """It launches there, in order with nothing on other streams."""
+
+    def run() -> Any:
+        here, there = torch.cuda.current_stream(), torch.cuda.default_stream()
+        there.wait_stream(here)
+        with torch.cuda.stream(there):
+            found = call()
+        here.wait_stream(there)
+        return found
+
+    run.captures = False  # type: ignore[attr-defined]
+    return run
 
 
 @functools.cache
