@@ -468,7 +468,8 @@ BIG_CASES = [
 def test_as_on_the_cpu(place, sizes, cell, dtype, save, monkeypatch):
     """As near as those of the CPU to what these make of the same in float64, as the oracle would take too long.
 
-    Some of so many channels magnify an error from step to step; GPUs have other sigmoids, and so other errors.
+    Some of so many channels magnify an error from step to step. GPUs have sigmoids of their own, with errors that are
+    three times as large; emulated with ex2 and rcp as far off as they may be, results were up to 13 times as far off.
     """
     monkeypatch.setenv("SRU_RT_CPU", "compiled")
     problem = random_problem(dtype, *sizes, cell=cell)
@@ -493,7 +494,7 @@ def in_float64(problem: Problem) -> Problem:
 
 def near(name: str, got: np.ndarray, of_the_cpu: np.ndarray, exact: np.ndarray) -> None:
     rounding = 2 * tolerance.EPS[of_the_cpu.dtype.name]
-    tolerance.check(name, got, exact, rounding + 8 * tolerance.error(of_the_cpu, exact))
+    tolerance.check(name, got, exact, rounding + 32 * tolerance.error(of_the_cpu, exact))
 
 
 OFFSET_CASES = [
