@@ -318,7 +318,7 @@ def test_processes_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     assert done.returncode == 9 and len(json.loads(done.stdout)) == 2
 
 
-PLAN = runner.Plan("cpu", ("scan", "ragged"), (), ((6, 2, 8),), ("lax.scan",), 1, 2, 1e-3, 0.0, 60.0)
+PLAN = runner.Plan("cpu", ("scan", "ragged"), (), (("", (6, 2, 8)),), ("lax.scan",), 1, 2, 1e-3, 0.0, 60.0)
 
 
 class InThisProcess(dict[str, Any]):
