@@ -124,6 +124,7 @@ def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--reset", action="store_true", help="calls with reset=")
     add("--no-dx", action="store_true", help="calls of sru_backward with a need= that leaves x out")
     add("--saved-dtype", choices=("state", "x"), default="state", help="states kept in the dtype of the state or of x")
+    add("--param-dtype", choices=("x", "state"), default="x", help="biases and v in the dtype of x or of the state")
     add(
         "--multiprocessors",
         nargs="+",

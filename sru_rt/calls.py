@@ -41,10 +41,13 @@ class Call:
     L: int = MANY
     time_parallel: bool | str = "auto"
     d_in: int = 0  # of the weight of a step or of a small layer, 0 where U is given
+    wide_params: bool = False  # in the dtype of the state, not of x
 
     @property
     def variant(self) -> Variant:
-        return Variant(self.cell, self.dtype, self.saved_dtype or state_dtype(self.dtype))
+        acc = state_dtype(self.dtype)
+        narrow = self.cell.bits("params", lambda a: self.dtype != acc and not self.wide_params)
+        return Variant(self.cell, self.dtype, self.saved_dtype or acc, narrow=narrow)
 
     @property
     def passes(self) -> tuple[str, ...]:

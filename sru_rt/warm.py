@@ -58,8 +58,10 @@ class Kernel:
 
 
 def _describe(variant: Variant) -> str:
-    own = variant.saved_dtype != state_dtype(variant.dtype)
-    return f"{variant.cell.name} {variant.dtype}{f' (saved {variant.saved_dtype})' if own else ''}"
+    acc = state_dtype(variant.dtype)
+    own = f" (saved {variant.saved_dtype})" if variant.saved_dtype != acc else ""
+    own += f" (parameters {variant.dtype})" if variant.narrow else ""
+    return f"{variant.cell.name} {variant.dtype}{own}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -181,6 +183,7 @@ def calls(options: argparse.Namespace) -> Iterator[Call]:
             L=L,
             time_parallel=_TIME_PARALLEL[options.time_parallel],
             d_in=d_in,
+            wide_params=options.param_dtype == "state",
         )
 
 

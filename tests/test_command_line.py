@@ -85,12 +85,17 @@ def warmed(*arguments: str) -> set[tuple]:
     return {(k.variant, k.plan, k.arch) for k in warm.kernels(options(*arguments))}
 
 
-def looked_for(monkeypatch, calls, device: Device = DEVICE) -> set[tuple]:
-    """What the calls of the function `calls` would need on a GPU, as they are made on the CPU."""
+def looked_for(monkeypatch, calls, device: Device = DEVICE, wide_params: bool = False) -> set[tuple]:
+    """What the calls of the function `calls` would need on a GPU, as they are made on the CPU.
+
+    There parameters of 16 bits are converted, on a GPU they are not (see test_gpu_kernels.py).
+    """
     seen, really = set(), launch.run
 
     def spy(variant, arguments, *rest):
-        seen.add((variant, plan.plan(variant, arguments, device), device.arch))
+        narrow = variant.cell.bits("params", lambda a: variant.dtype in ("float16", "bfloat16") and not wide_params)
+        on_gpu = replace(variant, narrow=narrow)
+        seen.add((on_gpu, plan.plan(on_gpu, arguments, device), device.arch))
         return really(variant, arguments, *rest)
 
     def chunk(variant, sizes, forward, time_parallel, _):
@@ -209,6 +214,7 @@ def test_pairs_of_channels(width, multiprocessors, monkeypatch, nvrtc, new_proce
         ("--reset --save no", {"reset": np.zeros((6, 2), bool)}),
         ("--no-dx --save every", {"save": True, "need": ("weight", "bias")}),
         ("--saved-dtype x --save every", {"save": True, "saved_dtype": "float16"}),
+        ("--param-dtype state --save every", {"save": True, "wide_params": True}),
         ("--save x", {"save": "x", "L": 40}),
         ("--save x --length 6", {"save": "x"}),
         ("--length 1 --save no every", {"L": 1, "save": True}),
@@ -216,7 +222,8 @@ def test_pairs_of_channels(width, multiprocessors, monkeypatch, nvrtc, new_proce
 )
 def test_options_are_those_of_calls(arguments, given, monkeypatch, nvrtc, new_process):
     given = {"L": 6, **given}
-    wanted = looked_for(monkeypatch, lambda: layer("sru", "float16", B=2, d=32, **given))
+    wide = given.pop("wide_params", False)
+    wanted = looked_for(monkeypatch, lambda: layer("sru", "float16", B=2, d=32, **given), wide_params=wide)
     if "no every" in arguments:
         wanted |= looked_for(monkeypatch, lambda: layer("sru", "float16", B=2, d=32, L=1))
     base = "--arch sm_90 --cell sru --dtype float16 --d 32 --batch 2"

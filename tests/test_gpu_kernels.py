@@ -31,6 +31,7 @@ from gpu_places import (
 )
 from problems import CELLS, DTYPES, FULL, LAYER_ROWS, LAYOUTS, Problem, name_of
 from sru_rt import launch_gpu
+from sru_rt.calls import Call
 
 pytestmark = pytest.mark.kernels
 
@@ -437,6 +438,16 @@ def test_states_kept_in_16_bits(place, dtype, save, monkeypatch):
     for name, wanted in wide.gradients.items():
         tolerance.check(f"d{name}", narrow.gradients[name], wanted.astype("f8"), 4 * tolerance.EPS[dtype])
     assert any(narrow.bits()[f"d{name}"] != wide.bits()[f"d{name}"] for name in wide.gradients)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_parameters_in_either_dtype(place, wide, monkeypatch):
+    """Kernels take those of 16 bits as they are; `sru_rt.calls`, which `warm` compiles by, knows."""
+    problem, found = Problem.make(FULL["sru"] | {"dtype": "bfloat16", "wide": wide}, (6, 2, 8), 1, "plain"), []
+    prepare = launch_gpu._prepare
+    monkeypatch.setattr(launch_gpu, "_prepare", lambda variant, *rest: found.append(variant) or prepare(variant, *rest))
+    judge(problem, run(place, problem))
+    assert found == [Call(found[0].cell, "bfloat16", 1, 8, every=1, wide_params=wide).variant] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
