@@ -18,7 +18,7 @@ from .variant import Variant
 
 _Function = Any  # of CuPy
 
-_MOST_BYTES = 4096  # of the parameters of a kernel
+_MOST_BYTES = 1 << 15  # of the parameters of a kernel: compilers take no more than 32,764, and many 4096
 
 # What a driver says of code that it does not take.
 _REFUSALS = ("INVALID_IMAGE", "NO_BINARY_FOR_GPU", "UNSUPPORTED", "INVALID_PTX", "INVALID_SOURCE")
