@@ -54,7 +54,9 @@ class _Parameters(threading.local):
         self.pointers = ctypes.addressof(self._pointers)
 
 
-_parameters = _Parameters()
+@functools.cache
+def _parameters() -> _Parameters:
+    return _Parameters()
 
 
 def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, stream: int) -> None:
@@ -69,11 +71,12 @@ def run(variant: Variant, arguments: abi.Forward | abi.Backward, device: int, st
 
 def launch(planned: _Launch, packed: bytes, given: abi.Given, stream: int) -> None:
     """Launches a planned pass with packed arguments, of which `given` has the sizes."""
-    ctypes.memmove(_parameters.at, packed, len(packed))
+    parameters = _parameters()
+    ctypes.memmove(parameters.at, packed, len(packed))
     for function, (x, y, z), block, shared, but in planned.kernels:
         depth = z if but is None else chunks.count(given.L, given.chunk) - but
         if x and y and depth:  # a grid of no blocks is none to the driver
-            planned.launch_kernel(function.ptr, x, y, depth, *block, shared, stream, _parameters.pointers, 0)
+            planned.launch_kernel(function.ptr, x, y, depth, *block, shared, stream, parameters.pointers, 0)
 
 
 def prepare(variant: Variant, arguments: abi.Forward | abi.Backward, device: int) -> _Launch:

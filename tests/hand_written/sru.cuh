@@ -22,10 +22,10 @@ struct sru_cell {
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
     const real alpha = constant[0];
-    const real f = sigmoid(fma(v_f, c_prev, uf + b_f));
-    const real c = fma(f, c_prev, (real(1.0) - f) * u0);
+    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real c = fma(f, c_prev, fma(-u0, f, u0));
     const real skip = alpha * x;
-    const real r = sigmoid(fma(v_r, c_prev, ur + b_r));
+    const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real h = fma(c - skip, r, skip);
     new_state[0] = c;
     *new_h = h;
@@ -36,8 +36,8 @@ struct sru_cell {
                        const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
                        real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
     const real x = input[0], c_prev = state[0], alpha = constant[0], dh = *dnew_h;
-    const real f = sigmoid(fma(param[2], c_prev, gate[1] + param[0]));
-    const real r = sigmoid(fma(param[3], c_prev, gate[2] + param[1]));
+    const real f = sigmoid_fma(param[2], c_prev, gate[1] + param[0]);
+    const real r = sigmoid_fma(param[3], c_prev, gate[2] + param[1]);
     const real change = c_prev - gate[0];
     const real c = fma(f, c_prev, fma(-gate[0], f, gate[0]));
     const real through_r = dh * r;
