@@ -61,4 +61,7 @@ def launcher(driver_version: int) -> Callable[..., None] | None:
 
 def _raise(status: int, sizes: Sequence[int]) -> None:
     if status:
-        raise RuntimeError(f"sru_rt: the driver refuses a launch of {sizes[:7]} with CUresult {status}")
+        raise RuntimeError(
+            f"sru_rt: the driver refuses a launch of {sizes[:7]} with CUresult {status}; SRU_RT_PLAN=decode=0 has one "
+            "token go by a product, without this kernel"
+        )

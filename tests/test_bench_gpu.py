@@ -16,7 +16,7 @@ pytest.importorskip("ml_dtypes")  # which the stand-in for CuPy needs, and bfloa
 from sru_rt import compile_gpu
 from sru_rt.bench import child, clocks, command, parts, rows
 from sru_rt.bench.contest import APART, RECOMPUTED, Place
-from sru_rt.bench.contestants import BY_NAME, copies, naive
+from sru_rt.bench.contestants import BY_NAME, copies, naive, sru
 from sru_rt.bench.problem import BACKWARD, FORWARD, SAVE, Problem, errors, fault, moved, reference, streams
 from sru_rt.bench.rows import Row
 from sru_rt.machine import Device
@@ -356,6 +356,32 @@ def test_clock_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(calls), torch.cuda.replays
     clock.block("eager", [one], 2e-4)
     assert (len(calls), torch.cuda.replays) == (before[0] + 3 * 20, before[1])
+
+
+def test_what_launches_on_the_legacy_stream_is_in_order_with_the_one_that_is_timed() -> None:
+    """In both directions, and is captured by none."""
+    seen: list[Any] = []
+
+    def stream(name: str) -> Any:
+        return types.SimpleNamespace(name=name, wait_stream=lambda other: seen.append((name, "waits for", other.name)))
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        seen.append(("on", stream.name))
+        yield
+        seen.append(("off", stream.name))
+
+    ours, legacy = stream("ours"), stream("legacy")
+    cuda = types.SimpleNamespace(current_stream=lambda: ours, default_stream=lambda: legacy, stream=on)
+    call = sru._OnLegacyStream(types.SimpleNamespace(cuda=cuda), lambda: seen.append("launch") or 7)
+    assert call() == 7 and not call.captures
+    assert seen == [
+        ("legacy", "waits for", "ours"),
+        ("on", "legacy"),
+        "launch",
+        ("off", "legacy"),
+        ("ours", "waits for", "legacy"),
+    ]
 
 
 def fake_torch() -> Any:

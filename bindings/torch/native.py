@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ Operands = tuple[Any, ...]
 _DTYPES = {name: getattr(torch, name) for name in IO_DTYPES}
 _NUMPY = {dtype: np.dtype(name.replace("bfloat16", "int16")) for name, dtype in _DTYPES.items()}
 _MOST_PLANS = 4096
+_NOTHING = nullcontext()
 _LARGE = 1 << 20  # bytes from which on memory is the core's
 _WORTH_TURNING = 1 << 12  # numbers; below, PyTorch's own copy takes as long as a call
 
@@ -48,10 +50,8 @@ class Plan(NamedTuple):
         if self.gpu is None:
             self.prepared.run(addresses)
             return
-        if torch.cuda.current_device() == self.gpu.index:
-            self.prepared.run(addresses, _stream(self.gpu))
-            return
-        with torch.cuda.device(self.gpu):
+        is_current = torch.cuda.current_device() == self.gpu.index
+        with _NOTHING if is_current else torch.cuda.device(self.gpu):
             self.prepared.run(addresses, _stream(self.gpu))
 
 

@@ -45,23 +45,25 @@ class Sru(OnTorch):
         make = module.SRUCell
         subject: Any = sru_like(make, problem) if problem.of_layers else _cell(torch, make, problem)
         if tensors.device() == "cuda":
-            subject.calls = {which: _on_legacy_stream(torch, call) for which, call in subject.calls.items()}
+            subject.calls = {which: _OnLegacyStream(torch, call) for which, call in subject.calls.items()}
         return subject
 
 
-def _on_legacy_stream(torch: Any, call: Call) -> Call:
-    """It launches there, in order with nothing on other streams."""
+class _OnLegacyStream:
+    """A call of what launches on the legacy stream, which cannot be captured, in order with the current stream."""
 
-    def run() -> Any:
-        here, there = torch.cuda.current_stream(), torch.cuda.default_stream()
+    captures = False
+
+    def __init__(self, torch: Any, call: Call) -> None:
+        self._cuda, self._call = torch.cuda, call
+
+    def __call__(self) -> Any:
+        here, there = self._cuda.current_stream(), self._cuda.default_stream()
         there.wait_stream(here)
-        with torch.cuda.stream(there):
-            found = call()
+        with self._cuda.stream(there):
+            found = self._call()
         here.wait_stream(there)
         return found
-
-    run.captures = False  # type: ignore[attr-defined]
-    return run
 
 
 @functools.cache
