@@ -1,8 +1,8 @@
-// The backward that recomputes states, with the rows of whole pieces staged in shared memory: each is read from global
-// memory once, by copies that are under way while the pieces before it are gone through. Of two buffers one holds the
-// piece at hand. As the sweep goes back over it, rows of the next piece but one take the places of those that it is
-// done with, each that of the row as far from the end of its own piece. Where there is room for one buffer, rows of the
-// next piece do, and there is a latency to wait for at its beginning.
+// The backward that recomputes states, with the rows of a piece staged in shared memory: each is read from global
+// memory once, for both sweeps over it. As the second one goes back over a piece, rows of the next piece take the
+// places of those that it is done with, each that of the row as far from the end of its own piece. What has been asked
+// for last is needed first, so that a piece begins with a latency to wait for; where there is room for two pieces,
+// gpu_pair.h does better.
 //
 // Where warps lie in one sequence and arrays at multiples of 16 bytes, the threads of a warp copy for each other, 16
 // bytes at once: some of them a row, the next ones the next. A copy has four bytes at least: else two neighbours do,
@@ -28,14 +28,14 @@ struct GpuStage {
   template <bool reverse>
   using Span = typename Sweep::template Span<reverse>;
 
-  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes, buffers = Plan::staged;
+  static constexpr int width = Plan::width, step_bytes = Tile::step_bytes;
   static constexpr int channels = Plan::copied;  // of a copy
   static constexpr int rows = channels / width;  // that are copied at once
   // Threads that copy for each other.
   static constexpr int group = rows > 1 && Sweep::packs % 32 == 0 ? 32 : rows;
   static constexpr int parts = group / rows;  // of a row, one for a thread
 
-  SRU_FN int number() { return threadIdx.x % group; }  // in the group
+  SRU_FN int number() { return Sweep::thread() % group; }  // in the group
   SRU_FN int row_of_mine() { return number() / parts; }
   SRU_FN int part_of_mine() { return number() % parts * channels; }
   SRU_FN Part copied_by(Part thread) {
@@ -43,7 +43,7 @@ struct GpuStage {
     return thread;
   }
   SRU_FN void meet() {
-    if (group > 1) __syncwarp(group == 32 ? ~0u : 3u << threadIdx.x % 32 / 2 * 2);
+    if (group > 1) __syncwarp(group == 32 ? ~0u : 3u << Sweep::thread() % 32 / 2 * 2);
   }
 
   // ----------------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ struct GpuStage {
 
     template <class T>
     SRU_MEMBER void operator()(const T *from) {
-      start_copy<sizeof(T) * channels>(at + ((threadIdx.x - number()) * width + part_of_mine()) * sizeof(T), from);
+      start_copy<sizeof(T) * channels>(at + ((Sweep::thread() - number()) * width + part_of_mine()) * sizeof(T), from);
       at += Plan::threads * width * sizeof(T);
     }
   };
@@ -82,27 +82,30 @@ struct GpuStage {
     }
   }
 
-  // Copies the rows of a piece, last row first, to `to`.
-  template <bool reverse>
+  // Copies the rows of a piece, first or last row first, to `to` and every `stride` bytes from there on.
+  template <bool reverse, bool first_first>
   struct Copies {
-    typename Sweep::template Reader<reverse, reverse> from;
+    static constexpr bool upwards = first_first != reverse;  // in time
+    typename Sweep::template Reader<reverse, upwards> from;
     const Io *dh;
     unsigned char *to;
     index_t dh_step;
-    int left;
+    int stride, left;
 
     SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece,
-                      unsigned char *to)
-        : from(f.given, copied_by(at), span.time(piece.last - 1 - row_of_mine())),
-          to(to + row_of_mine() * step_bytes),
+                      unsigned char *to, int stride)
+        : from(f.given, copied_by(at),
+               span.time(first_first ? piece.first + row_of_mine() : piece.last - 1 - row_of_mine())),
+          to(to + row_of_mine() * stride),
+          stride(stride),
           left(piece.steps()) {
       const index_t step = Sweep::batch(f.given) * Plan::D * Plan::d;
       dh = (const Io *)f.dh + from.t * step + at.row(reverse) * Plan::d + copied_by(at).j;
-      dh_step = reverse ? step : -step;
+      dh_step = upwards ? step : -step;
     }
 
     SRU_MEMBER void row(int k) const {
-      Copy copy = {to + k * step_bytes};
+      Copy copy = {to + k * stride};
       copy_inputs(from, k, copy);
       copy(dh + k * dh_step);
     }
@@ -126,7 +129,7 @@ struct GpuStage {
     SRU_MEMBER void advance(int steps) {
       from.advance(steps);
       dh += steps * dh_step;
-      to += steps * step_bytes;
+      to += steps * stride;
       left -= steps;
     }
   };
@@ -143,7 +146,7 @@ struct GpuStage {
     template <class From>
     SRU_MEMBER void read(const From &from, index_t n) {
       for (int i = 0; i < 2; i++) {
-        const int k = threadIdx.x % 32 + 32 * i;
+        const int k = Sweep::thread() % 32 + 32 * i;
         padded[i] = k < n && from.padded(k);
         starts_anew[i] = k < n && from.starts_anew(k);
       }
@@ -172,55 +175,59 @@ struct GpuStage {
   // ----------------------------------------------------------------------------------------------------------------
   // From shared memory
 
-  // Rows of a piece, first row first.
+  // Rows of a piece, first row first, of which each lies `stride` bytes behind the one before.
   struct Forwards {
     unsigned char *at;
+    int stride;
     const Marks &marks;
     int step;
 
     SRU_MEMBER Row read(index_t k) const {
       Row row;
-      typename Tile::template Move<false> move = {at - k * step_bytes};
+      typename Tile::template Move<false> move = {at + k * stride};
       Tile::visit(row, move);
       marks.put(row, step + k);
       return row;
     }
     SRU_MEMBER void advance(index_t k) {
-      at -= k * step_bytes;
+      at += k * stride;
       step += k;
     }
   };
 
-  // Last row first, with the states before their steps.
+  // Last row first, with what is known of their steps.
   struct Backwards {
     unsigned char *at;
+    int stride;
     Scratch from;
     const Marks &marks;
     int step;
 
-    SRU_MEMBER Backwards(unsigned char *at, const Scratch &scratch, const Marks &marks, int steps)
-        : at(at), from(scratch), marks(marks), step(steps - 1) {
-      for (int i = 0; i < Cell::n_state; i++) from.state[i] += (steps - 1) * from.step;
+    SRU_MEMBER Backwards(unsigned char *at, int stride, const Scratch &scratch, const Marks &marks, int steps)
+        : at(at), stride(stride), from(scratch), marks(marks), step(steps - 1) {
+      from.advance(steps - 1);
     }
     SRU_MEMBER BackRow read(index_t k) const {
       BackRow back;
-      typename Tile::template Move<false> move = {at + k * step_bytes};
+      typename Tile::template Move<false> move = {at + k * stride};
       Tile::visit(back, move);
       marks.put(back.row, step - k);
-      for (int i = 0; i < Cell::n_state; i++) back.state[i] = load_packed<acc, width>(from.state[i] - k * from.step);
+      for (int i = 0; i < Cell::n_state; i++) back.state[i] = load_packed<acc, width>(from.value[i] - k * from.step);
+      for (int i = 0; i < Plan::known; i++)
+        back.activation[i] = load_packed<acc, width>(from.value[Cell::n_state + i] - k * from.step);
       return back;
     }
     SRU_MEMBER void advance(index_t k) {
-      at += k * step_bytes;
+      at += k * stride;
       step -= k;
-      for (int i = 0; i < Cell::n_state; i++) from.state[i] -= k * from.step;
+      from.advance(-k);
     }
   };
 
   // Calls work.take(row, k) for n rows in turn, of which it reads `lap` at once and the last ones singly, and after()
   // for each whole lap, behind it.
   template <int lap, class From, class Work, class After>
-  SRU_FN void sweep(From from, int n, Work &work, After after) {
+  SRU_FN void sweep(From &from, int n, Work &work, After after) {
 #pragma unroll 1
     for (; n >= lap; n -= lap) {
       steps<lap>(from, work);
@@ -242,47 +249,43 @@ struct GpuStage {
 
   // ----------------------------------------------------------------------------------------------------------------
 
+  // A piece lies in the order in which it is gone back over, last row first.
   template <bool reverse, class Work>
   SRU_FN void go_back(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Fixed &fixed,
                       Work &work) {
     extern __shared__ __align__(16) unsigned char sru_shared[];
-    const Scratch scratch(f, at, reverse, 0, buffers * step_bytes);
+    const Scratch scratch(f, at, reverse, 0, step_bytes);
     const index_t offset = at.row(reverse) * Plan::d + at.j;
-    unsigned char *here = sru_shared, *there = sru_shared + (buffers - 1) * f.given.every * step_bytes;
     typename Sweep::template Pieces<reverse> all(f, span);
-    Piece pieces[buffers + 1];  // the one at hand, and those behind it
-    for (int i = 0; i < buffers; i++) {
-      pieces[i] = all.next();
-      Copies<reverse>(f, at, span, pieces[i], i ? there : here).others();
-      cp_async_commit();
-    }
+    Piece piece = all.next();
+    Copies<reverse, false>(f, at, span, piece, sru_shared, step_bytes).others();
+    cp_async_commit();
     typename Sweep::template Pack<Saved> state[Cell::n_state];
     Flags flags;
-    if (pieces[0].steps()) pieces[0].read(f, offset, state);
-    flags.read(f.given, at, span, pieces[0]);
-    while (const int steps = pieces[0].steps()) {
-      cp_async_wait<buffers - 1>();
+    if (piece.steps()) piece.read(f, offset, state);
+    flags.read(f.given, at, span, piece);
+    while (const int steps = piece.steps()) {
+      cp_async_wait<0>();
       meet();
       typename Sweep::Replay replay = {fixed, scratch};
       for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
       const Marks marks(flags);
-      sweep<Plan::replay_depth>(Forwards{here + (steps - 1) * step_bytes, marks, 0}, steps, replay, [] {});
+      Forwards forwards = {sru_shared + (steps - 1) * step_bytes, -step_bytes, marks, 0};
+      sweep<Plan::replay_depth>(forwards, steps, replay, [] {});
 
-      pieces[buffers] = all.next();
-      if (pieces[1].steps()) pieces[1].read(f, offset, state);
-      flags.read(f.given, at, span, pieces[1]);
-      Copies<reverse> copies(f, at, span, pieces[buffers], here);
-      work.start(f, at, span.time(pieces[0].last - 1));
-      sweep<Plan::depth>(Backwards(here, scratch, marks, steps), steps, work, [&copies] {
+      work.start(f, at, span.time(piece.last - 1));
+      piece = all.next();
+      if (piece.steps()) piece.read(f, offset, state);
+      flags.read(f.given, at, span, piece);
+      Copies<reverse, false> copies(f, at, span, piece, sru_shared, step_bytes);
+      Backwards backwards(sru_shared, step_bytes, scratch, marks, steps);
+      sweep<Plan::depth>(backwards, steps, work, [&copies] {
         meet();
         copies.template some<Plan::depth>();
       });
       meet();
       copies.others();
       cp_async_commit();
-      unsigned char *const done = here;
-      here = there, there = done;
-      for (int i = 0; i < buffers; i++) pieces[i] = pieces[i + 1];
     }
   }
 

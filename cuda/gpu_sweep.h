@@ -28,6 +28,11 @@ struct GpuSweep {
   SRU_FN index_t pieces(index_t steps, index_t of) { return (steps + of - 1) / of; }
   SRU_FN index_t chunks(const Given &a) { return pieces(a.L, a.chunk); }
 
+  // The number of this thread in its block, which another one has, too, where two go over the same channels (see
+  // gpu_pair.h).
+  static constexpr bool paired = Plan::staged == 2;
+  SRU_FN unsigned thread() { return paired ? threadIdx.x % Plan::threads : threadIdx.x; }
+
   // The channels of this thread of a block, and the steps that exist: those of its sequence. The others are padding.
   static constexpr index_t packs = Plan::d / width;  // of a row
   struct Part {
@@ -36,7 +41,7 @@ struct GpuSweep {
 
     SRU_MEMBER Part(index_t b, index_t j) : b(b), j(j), length(1), idle(false) {}  // of one step
     SRU_MEMBER explicit Part(const Given &a, index_t block = blockIdx.x) {
-      const index_t n = block * Plan::threads + threadIdx.x;
+      const index_t n = block * Plan::threads + thread();
       idle = n >= batch(a) * packs;
       b = n / packs;
       j = (n - b * packs) * width;
@@ -228,13 +233,14 @@ struct GpuSweep {
   // ----------------------------------------------------------------------------------------------------------------
   // Forward
 
-  // The state after one step, and h.
-  SRU_FN void step(const Row &row, const Fixed &fixed, real *state, real *h) {
+  // The state after one step, and h; and the activations, if they are wanted.
+  SRU_FN void step(const Row &row, const Fixed &fixed, real *state, real *h, real *activation = nullptr) {
     const Values in(row);
     real new_state[Cell::n_state];
     for (int i = 0; i < Cell::n_state; i++)
       if (row.starts_anew) state[i] = real(0);
-    Cell::template step<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, new_state, h);
+    Cell::template step<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, new_state, h,
+                              activation);
     for (int i = 0; i < Cell::n_state; i++)
       if (!row.padded) state[i] = new_state[i];
     if (row.padded) *h = real(0);
@@ -414,12 +420,12 @@ struct GpuSweep {
   // ----------------------------------------------------------------------------------------------------------------
   // Backward
 
-  // A row, the gradient of h there, and the states before the step.
+  // A row, the gradient of h there, the states before the step, and activations that are known.
   template <class State>
   struct BackRow {
     Row row;
     Pack<Io> dh;
-    Pack<State> state[Cell::n_state];
+    Pack<State> state[Cell::n_state], activation[SRU_AT_LEAST_ONE(Plan::known)];
   };
 
   // Reads rows against the direction of the recurrence. `State` is the type of the states that it reads: `Saved`, or
@@ -514,10 +520,13 @@ struct GpuSweep {
       const Values in(back.row);
       real state[Cell::n_state], dold_state[Cell::n_state];
       real dper_step[SRU_AT_LEAST_ONE(Cell::n_per_sequence)], dparams[SRU_AT_LEAST_ONE(Cell::n_params)];
+      real activation[SRU_AT_LEAST_ONE(Plan::known)];
       state_before(back, state);
+      for (int i = 0; i < Plan::known; i++) activation[i] = widen(back.activation[i]);
       const real dh = widen(back.dh);
-      Cell::template gradient<real>(in.gate, in.input, fixed.per_sequence, fixed.param, state, fixed.constant, dstate,
-                                    &dh, dgates, dinputs, dper_step, dparams, dold_state);
+      Cell::template gradient<real, Plan::known>(in.gate, in.input, fixed.per_sequence, fixed.param, state,
+                                                 fixed.constant, dstate, &dh, dgates, dinputs, dper_step, dparams,
+                                                 dold_state, activation);
       for (int i = 0; i < Cell::n_state; i++) dstate[i] = dold_state[i];
       for (int i = 0; i < Cell::n_per_sequence; i++) dper_sequence[i] = dper_sequence[i] + dper_step[i];
       for (int i = 0; i < Cell::n_params; i++) dparam[i] = dparam[i] + dparams[i];
@@ -593,10 +602,11 @@ struct GpuSweep {
     sweep<depth>(from, span.end - span.begin, work);
   }
 
-  // The states before the steps of one piece, recomputed: in shared memory, behind `before` bytes for a step of a
-  // piece, or in the scratch that was given.
+  // The states before the steps of one piece, recomputed, with activations of the steps: in shared memory, behind
+  // `before` bytes for a step of a piece, or in the scratch that was given.
   struct Scratch {
-    acc *state[Cell::n_state];
+    static constexpr int values = Cell::n_state + Plan::known;  // of a step
+    acc *value[values];                                         // states first
     index_t step;
 
     SRU_MEMBER Scratch(const BackwardArguments<Cell> &f, const Part &at, int q, index_t chunk, int before = 0) {
@@ -605,9 +615,12 @@ struct GpuSweep {
       step = Plan::scratch_in_shared ? Plan::threads * width : batch(a) * Plan::D * Plan::d;
       index_t row = at.row(q) * Plan::d + at.j;
       if (Plan::parallel) row += chunk * clamp(a.every, 0, a.chunk) * step;
-      acc *const shared = (acc *)(sru_shared + a.every * before) + threadIdx.x * width;
-      for (int i = 0; i < Cell::n_state; i++)
-        state[i] = Plan::scratch_in_shared ? shared + i * a.every * step : (acc *)f.states[i] + row;
+      acc *const shared = (acc *)(sru_shared + a.every * before) + thread() * width;
+      for (int i = 0; i < values; i++)
+        value[i] = Plan::scratch_in_shared ? shared + i * a.every * step : (acc *)f.states[i] + row;
+    }
+    SRU_MEMBER void advance(index_t k) {
+      for (int i = 0; i < values; i++) value[i] += k * step;
     }
   };
 
@@ -617,13 +630,13 @@ struct GpuSweep {
     real state[Cell::n_state];
 
     SRU_MEMBER void take(const Row &row, int k) {
-      for (int i = 0; i < Cell::n_state; i++) store(to.state[i] + k * to.step, narrow<acc>(state[i]));
-      real h;
-      step(row, fixed, state, &h);
+      for (int i = 0; i < Cell::n_state; i++) store(to.value[i] + k * to.step, narrow<acc>(state[i]));
+      real h, activation[SRU_AT_LEAST_ONE(Cell::n_activations)];
+      step(row, fixed, state, &h, activation);
+      for (int i = 0; i < Plan::known; i++)
+        store(to.value[Cell::n_state + i] + k * to.step, narrow<acc>(activation[i]));
     }
-    SRU_MEMBER void advance(index_t k) {
-      for (int i = 0; i < Cell::n_state; i++) to.state[i] += k * to.step;
-    }
+    SRU_MEMBER void advance(index_t k) { to.advance(k); }
   };
 
   // Steps from `first` to `last`, and the number of the state kept before step `kept`. Both are the same, unless that
@@ -683,7 +696,7 @@ struct GpuSweep {
 
       const index_t t = span.time(piece.last - 1);
       BackReader<reverse, acc> from = {{a, at, t}, (const Io *)f.dh + t * rows + offset};
-      for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.state[i] + (piece.steps() - 1) * scratch.step;
+      for (int i = 0; i < Cell::n_state; i++) from.state[i] = scratch.value[i] + (piece.steps() - 1) * scratch.step;
       from.dh_step = reverse ? rows : -rows;
       from.state_step = scratch.step;
       work.start(f, at, t);

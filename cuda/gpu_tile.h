@@ -21,7 +21,7 @@ struct GpuTile {
 
     template <class Pack>
     SRU_MEMBER void operator()(Pack &pack) {
-      decltype(pack.words) *const mine = (decltype(pack.words) *)at + threadIdx.x;
+      decltype(pack.words) *const mine = (decltype(pack.words) *)at + Sweep::thread();
       if (leaves)
         *mine = pack.words;
       else

@@ -99,6 +99,17 @@ SRU_PTX unsigned int acquire_flag(const unsigned int *p) {
 
 SRU_PTX void meet() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
+// A barrier of two warps; there are 15 besides the one of all, numbered from 1 on.
+SRU_PTX void meet_warp(int number) { asm volatile("bar.sync %0, 64;" ::"r"(number) : "memory"); }
+
+// Where this warp stands in its multiprocessor, which gives neighbouring places to the warps of a block. Its remainder
+// by 4 is the scheduler that has the warp.
+SRU_PTX int place_of_warp() {
+  int place;
+  asm volatile("mov.u32 %0, %%warpid;" : "=r"(place));
+  return place;
+}
+
 // ------------------------------------------------------------------------------------------------------------------
 // Kernels that begin while the one before still runs (see sru_rt/dependent.py), from sm_90 on. Until it has waited for
 // that one a kernel may only ask for lines to be brought to the second-level cache, which is the same for all: what

@@ -204,7 +204,8 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
             if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
                 choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
                 times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]
-                found[choice] = max((t.middle if laps else t.worst) / more for t, more in zip(times, _LIKE))
+                overlap = laps > 0 or staged > 1
+                found[choice] = max((t.middle if overlap else t.worst) / more for t, more in zip(times, _LIKE))
     if not found:  # no block has room for the ring that is asked for
         return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())

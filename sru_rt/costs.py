@@ -7,7 +7,7 @@ kernels (tests/gpu_budget.json), of which tests/test_machine.py says how near th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -51,16 +51,24 @@ def sweep(
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
     `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
-    if one alone is, each begins with a latency. With `laps` all comes through a ring in shared memory.
+    if one alone is, each begins with a latency, if two are, another warp recomputes the states. With `laps` all comes
+    through a ring in shared memory.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
-    instructions, special = _instructions(variant, forward, again, width)
+    twice, paired = again and not staged, staged == 2
+    known = shared_memory.activations(variant, every) if paired else 0
+    instructions, special = _instructions(variant, forward, width, known)
+    most = 0.0
+    if again:
+        more, special_more = _recomputing(variant, known)
+        most = max(instructions, more) if paired else 0
+        instructions, special = instructions + more + (0 if staged else _AGAIN), special + special_more
     if staged:
-        instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16 - _AGAIN
+        instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16
     if laps:
         instructions += _COPY * sum(shared_memory.ring(variant, forward).values()) / 16
-    twice = again and not staged
+    forwards, backwards = chain(variant.cell, True, False), chain(variant.cell, forward, False)
     return Kernel(
         reads=reads - sum(held),
         writes=writes,
@@ -71,13 +79,15 @@ def sweep(
         refills=2 if twice else int(staged == 1),
         every=max(1, every),
         threads=threads,
-        registers=_lap_registers(variant, forward, width, ring=laps > 0)
+        warps=2 if paired else 1,
+        registers=_lap_registers(variant, forward, width, ring=laps > 0, paired=paired)
         if staged or laps
         else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
+        most=most,
         special=special,
-        chain=chain(variant.cell, forward, again),
+        chain=max(forwards, backwards) if paired else chain(variant.cell, forward, again),
         overlaps=staged > 0 or laps > 0,
         path=path(variant.cell, forward, again),
     )
@@ -202,36 +212,48 @@ def _registers(
     return min(255, round(50 + 1.1 * ring + 14 * (width - 1)))
 
 
-def _lap_registers(variant: Variant, forward: bool, width: int, ring: bool) -> int:
+def _lap_registers(variant: Variant, forward: bool, width: int, ring: bool, paired: bool) -> int:
     """Of a lap, in which rows are read from shared memory as they are needed, whatever its steps."""
     words = _words(read(variant, forward, keep=1 if ring else 2), width)
+    if paired:
+        return round(45 + 4.5 * words)
     if not ring:
         return 50 + 6 * words
     return 40 + 9 * words if forward else 40 + 7 * words
 
 
 @lru_cache(maxsize=1024)
-def _instructions(variant: Variant, forward: bool, again: bool, width: int) -> tuple[float, float]:
-    """Instructions and special functions."""
+def _instructions(variant: Variant, forward: bool, width: int, known: int) -> tuple[float, float]:
+    """Instructions and special functions of a step, or of its gradient if `known` activations need not be computed."""
     cell, formula = variant.cell, variant.cell.formula
     results = [*formula.new_state, formula.h] if forward else [*formula.gradient.values()]
-    found, special = _arithmetic(variant.dtype, results)
+    found, special = _arithmetic(variant.dtype, results, formula.activations[:known])
     steps = len(cell.gates) + len(cell.inputs)
     loads, stores = (steps, 1 + len(cell.state)) if forward else (steps + 1 + len(cell.state), steps)
-    if again:
-        more, special_more = _arithmetic(variant.dtype, formula.new_state)
-        found, special, loads = found + more + _AGAIN, special + special_more, loads + len(replayed(variant))
-    halves = (loads + stores) * _HALF if ITEMSIZE[variant.dtype] == 2 else 0
-    return found + _STEP / width + _LOAD * loads + _STORE * stores + halves, special
+    return found + _STEP / width + _LOAD * loads + _STORE * stores + _halves(variant, loads + stores), special
 
 
-def _arithmetic(dtype: str, results: Iterable[Any]) -> tuple[float, float]:
+@lru_cache(maxsize=1024)
+def _recomputing(variant: Variant, known: int) -> tuple[float, float]:
+    """Instructions and special functions of the new states, of a step whose first `known` activations are kept."""
+    found, special = _arithmetic(variant.dtype, variant.cell.formula.new_state)
+    loads = len(replayed(variant))
+    return found + _LOAD * loads + _STORE * known + _halves(variant, loads), special
+
+
+def _halves(variant: Variant, moved: int) -> float:
+    return moved * _HALF if ITEMSIZE[variant.dtype] == 2 else 0
+
+
+def _arithmetic(dtype: str, results: Iterable[Any], known: Collection[Node] = ()) -> tuple[float, float]:
     outputs = [r for r in results if isinstance(r, Node)]
-    order = topological(outputs)
+    order = topological(outputs, frozenset(known))
     shares = softplus_shares(order, count_uses(order, outputs))
-    fused = {part for parts in shares.values() for part in parts}
+    skipped = {*known, *(part for parts in shares.values() for part in parts)}
     ops = [
-        "softplus_share" if node in shares else node.op for node in order if node.op not in LEAVES and node not in fused
+        "softplus_share" if node in shares else node.op
+        for node in order
+        if node.op not in LEAVES and node not in skipped
     ]
     special = sum(_SPECIAL_OF.get(op, 0) for op in ops)
     if dtype == "float64":

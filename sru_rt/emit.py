@@ -5,7 +5,7 @@ Every product that feeds one sum is written as fma(), so that all kernels round 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import isfinite
 
 from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
@@ -24,7 +24,7 @@ _CPP_WORDS = (
         "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
         "unsigned using "
         "virtual void volatile wchar_t while xor xor_eq real step gradient jacobian fma minimum maximum where "
-        "sigmoid_fma softplus_share new_state new_h NULL".split()
+        "sigmoid_fma softplus_share new_state new_h activation n_known NULL".split()
     )
     | set(FUNCTIONS)
     | set(_ARRAYS.values())
@@ -46,10 +46,13 @@ class _Block:
         cpp: bool,
         fuse_more: bool = False,
         late: Collection[str] = (),
+        known: Sequence[Node] = (),
     ):
         """`fuse_more` is for the gradient: fewer operations count for more there than every name of the step. In a step
-        `late` are its states, which one step waits for after another: what follows them should be few operations."""
+        `late` are its states, which one step waits for after another: what follows them should be few operations. The
+        first ones of `known` may be known already."""
         self.cpp = cpp
+        self.known = {node: i for i, node in enumerate(known)}
         outputs = list(outputs)
         self.order = topological(outputs)
         self.uses = count_uses(self.order, outputs)
@@ -104,10 +107,13 @@ class _Block:
 
     def _add(self, node: Node) -> None:
         expression = self._expression(node)
-        own_line = node in self.wanted or (self.uses[node] > 1 and not node.is_condition)
+        own_line = node in self.wanted or node in self.known or (self.uses[node] > 1 and not node.is_condition)
         if node.op not in LEAVES and own_line:
             name = self._name(node)
             kind = "auto" if node.is_condition else "real"
+            if node in self.known:
+                i = self.known[node]
+                expression = f"n_known > {i} ? activation[{i}] : {expression[0]}", _ATOM
             self.lines.append(f"const {kind} {name} = {expression[0]};" if self.cpp else f"{name} = {expression[0]}")
             expression = (name, _ATOM)
         self.text[node] = expression
@@ -241,6 +247,7 @@ def emit(cell: Cell) -> str:
         "",
         f"struct {struct_name(cell)} {{",
         f"  static constexpr int {counts};",
+        f"  static constexpr int n_activations = {len(cell.formula.activations)};",
         f"  static constexpr bool affine = {'true' if cell.affine else 'false'};",
         "",
         *_step_function(cell),
@@ -290,13 +297,16 @@ def _step_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
     block = _Block([*f.new_state, f.h], f.names, names, cpp=True, late=cell.state)
     return [
+        "  // `activation` gets what gradient() may be told, if it is not null.",
         "  template <class real>",
         "  SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,",
-        "                   const real *state, const real *constant, real *new_state, real *new_h) {",
+        "                   const real *state, const real *constant, real *new_state, real *new_h,",
+        "                   real *activation = nullptr) {",
         *_unpack(cell, names, block.order),
         *(f"    {line}" for line in block.lines),
         *(f"    new_state[{i}] = {block[node]};" for i, node in enumerate(f.new_state)),
         f"    *new_h = {block[f.h]};",
+        *(f"    if (activation) activation[{i}] = {block[node]};" for i, node in enumerate(f.activations)),
         "  }",
     ]
 
@@ -306,7 +316,7 @@ def _gradient_function(cell: Cell) -> list[str]:
     wanted = dict(f.gradient_names)
     for name in (*cell.gates, *cell.inputs):
         wanted.setdefault(f.gradient[name], f"d{name}")
-    block = _Block(list(f.gradient.values()), wanted, names, cpp=True, fuse_more=True)
+    block = _Block(list(f.gradient.values()), wanted, names, cpp=True, fuse_more=True, known=f.activations)
     used = {node.args[0] for node in block.order if node.op == "input"}
     states = [(adjoint_of(n), f"dnew_state[{i}]") for i, n in enumerate(cell.state)]
     adjoints = [f"{names[n]} = {text}" for n, text in [*states, (ADJOINT_OF_H, "*dnew_h")] if n in used]
@@ -318,10 +328,12 @@ def _gradient_function(cell: Cell) -> list[str]:
     ]
     return [
         "  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.",
-        "  template <class real>",
+        "  // The first `n_known` of `activation` need not be computed.",
+        "  template <class real, int n_known = 0>",
         "  SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,",
         "                       const real *state, const real *constant, const real *dnew_state, const real *dnew_h,",
-        "                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {",
+        "                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate,",
+        "                       const real *activation = nullptr) {",
         *_unpack(cell, names, block.order),
         *([f"    const real {', '.join(adjoints)};"] if adjoints else []),
         *(f"    {line}" for line in block.lines),

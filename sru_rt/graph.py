@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -400,8 +400,11 @@ def _extremum(name: str, numpy: Callable[..., Any], a: Any, b: Any) -> Any:
 # Reading a graph
 
 
-def topological(outputs: Iterable[Node]) -> list[Node]:
-    """All nodes that `outputs` need, each after its arguments, in an order that depends on the graph alone."""
+def topological(outputs: Iterable[Node], known: Set[Node] = frozenset()) -> list[Node]:
+    """All nodes that `outputs` need, each after its arguments, in an order that depends on the graph alone.
+
+    What those in `known` are computed of is not needed.
+    """
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(node, False) for node in reversed(list(outputs))]
@@ -412,7 +415,8 @@ def topological(outputs: Iterable[Node]) -> list[Node]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args) if isinstance(a, Node) and id(a) not in seen)
+            args = () if node in known else reversed(node.args)
+            stack.extend((a, False) for a in args if isinstance(a, Node) and id(a) not in seen)
     return order
 
 

@@ -129,7 +129,7 @@ def _launcher(begins_early: bool) -> Callable[..., None]:
 
 
 def _sweeps(variant: Variant, made: Plan, given: abi.Given, functions: Mapping[str, _Function]) -> list[_Kernel]:
-    grid, block = made.grid(given.B), (made.threads, 1, 1)
+    grid, block = made.grid(given.B), (made.block, 1, 1)
     shared = plan.shared_bytes(variant, made, given.every, given.chunk)
     sweep = functions["forward" if made.forward else "backward"]
     if not made.parallel:

@@ -15,6 +15,8 @@ from .errors import ArgumentError, LibraryError
 from .machine import Device
 from .shared_memory import (
     LAP,
+    PAIRED_THREADS,
+    activations,
     fewest_laps,
     ring,
     ring_bytes,
@@ -52,7 +54,7 @@ class Plan:
     depth: int  # steps that are read ahead
     replay_depth: int  # the same where states are recomputed, or chunks are settled
     reduce_depth: int  # the same where chunks are summarised, or arrive at a guess
-    threads: int  # of a block
+    threads: int  # of a block, each with channels of its own
     B: int
     D: int
     d: int
@@ -71,7 +73,8 @@ class Plan:
     saved_in_chunks: bool = False
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
-    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h
+    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h, and of two gpu_pair.h
+    known: int = 0  # activations of a step that are kept beside recomputed states
     laps: int = 0  # of a ring in shared memory: see cuda/gpu_ring.h
     copied: int = 0  # channels that a thread copies at once to rows that are staged, or to a ring
     d_in: int = 0  # of a kernel that forms U itself; 0: U is given
@@ -91,6 +94,16 @@ class Plan:
     def shoots(self) -> bool:
         """Whether chunks guess the state that they begin with: see cuda/gpu_shoot.h."""
         return self.warm_up > 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether two warps go over the same channels: see cuda/gpu_pair.h."""
+        return self.staged == 2
+
+    @property
+    def block(self) -> int:
+        """All threads of a block of the sweep."""
+        return self.threads * (2 if self.paired else 1)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -138,7 +151,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         in_shared=key.scratch_in_shared,
         one_kernel=overrides.in_one_kernel(overrides.read()),
         tile=tile_steps(given.chunk),
-        most_staged=_most_staged(variant, key, given, pairs),
+        most_staged=_most_staged(variant, key, arguments, pairs),
         laps=_laps(variant, key, arguments),
     )
     at = load(given.B * given.D * given.d, device)
@@ -200,15 +213,19 @@ def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> in
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
 
-def _most_staged(variant: Variant, key: Plan, given: abi.Given, pairs: bool) -> int:
-    """None where rows cannot be copied to shared memory four bytes at a time.
+def _most_staged(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward, pairs: bool) -> int:
+    """None where rows cannot be copied to shared memory four bytes at a time, two pieces where whole warps copy them.
 
     Flags are read by warps that lie in one sequence, two for each thread.
     """
+    given = arguments.given
     recomputes = not key.forward and key.keep > 1 and not key.parallel and given.L > 1
     fits = pairs or ITEMSIZE[variant.dtype] > 2
     flags = not (key.has_mask or key.has_reset) or (key.d % 64 == 0 and given.every <= 64)
-    return overrides.read().get("staged", 2) if recomputes and fits and flags else 0
+    if not (recomputes and fits and flags):
+        return 0
+    most = 2 if by_warps(variant.dtype, given.d) and layout.reads_multiples(variant, arguments, 16) else 1
+    return min(most, overrides.read().get("staged", most))
 
 
 def by_warps(dtype: str, d: int) -> bool:
@@ -324,10 +341,13 @@ def _in_ring(made: Plan, variant: Variant) -> Plan:
 
 def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
     """The plan with as many pieces staged as it says, if a block has room for them."""
+    held, item = staged(variant), ITEMSIZE[variant.dtype]
+    whole_warps = made.d % (32 * made.width) == 0 and layout.reads_multiples(variant, arguments, 16)
+    if not whole_warps or made.threads > PAIRED_THREADS:
+        made = replace(made, staged=1)
     if made.threads * made.width > staged_channels(variant, arguments.given.every, made.staged):
         return replace(made, staged=0)
-    held, item = staged(variant), ITEMSIZE[variant.dtype]
-    by_warps = made.d % (32 * made.width) == 0 and layout.reads_multiples(variant, arguments, 16)
-    copied = 16 // item if by_warps else max(made.width, 4 // item)
+    copied = 16 // item if whole_warps else max(made.width, 4 // item)
     row = made.width * sum(held.values())
-    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied)
+    known = activations(variant, arguments.given.every) if made.paired else 0
+    return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied, known=known)

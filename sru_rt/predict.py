@@ -28,10 +28,12 @@ class Kernel(NamedTuple):
     replay_depth: int = 0  # the same of a sweep that recomputes states, 0 if there is none
     every: int = 1  # steps of a piece whose states are recomputed
     refills: int = 0  # latencies that each begins with
-    threads: int = 32
+    threads: int = 32  # of a block, each with channels of its own
+    warps: int = 1  # that share the work of the same channels
     registers: int = 32
     shared: int = 0  # bytes of a block
     instructions: float = 0
+    most: float = 0  # those of one warp, of several that share the work
     special: float = 0  # those among them on the special function unit
     chain: float = 0  # clocks from the state before a step to the state after it
     path: float = 0  # clocks from what a step reads to all that it gives
@@ -105,10 +107,11 @@ class Time(NamedTuple):
 def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Time:
     """The time of one kernel that takes `channels` over `steps` steps, chunks of time counted as channels."""
     k, clock, most = kernel, machine.clock, machine.multiprocessors
-    warps, here = k.threads / 32, occupancy(machine, k)
+    warps, here = k.warps * k.threads / 32, occupancy(machine, k)
     fullest = -(-max(1, -(-channels // (k.width * k.threads))) // most)  # blocks of one multiprocessor
     waves = -(-fullest // here)  # those that there is no room for come after the others
-    work = -(-fullest * warps // SCHEDULERS) * k.width * steps  # of one scheduler, in warps of one channel
+    turns = -(-fullest * warps // SCHEDULERS)  # warps of one scheduler
+    work = turns * k.width * steps / k.warps
     moved = k.reads + k.writes
     laps = 1 / k.depth + (1 / k.replay_depth if k.replay_depth else 0)
     in_flight = waves * steps * laps * machine.latency
@@ -123,7 +126,7 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
             fullest * k.threads * k.width * steps * (moved + k.again) / machine.port_bandwidth,
         ),
         in_flight=in_flight,
-        issue=work * k.instructions / clock,
+        issue=max(work * k.instructions, k.width * steps * k.most) / clock,
         special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
         chain=waves * steps * k.chain / clock,
         refill=waves * steps / k.every * k.refills * machine.latency / scheduled,
@@ -220,8 +223,8 @@ def small_layer(
 def occupancy(machine: Machine, kernel: Kernel) -> int:
     """Blocks that a multiprocessor holds at once: by threads, blocks, registers and shared memory."""
     threads, blocks, shared = machine.limits
-    registers = -(-kernel.registers // 8) * 8 * kernel.threads
-    here = min(threads // kernel.threads, blocks, REGISTERS // registers)
+    block = kernel.threads * kernel.warps
+    here = min(threads // block, blocks, REGISTERS // (-(-kernel.registers // 8) * 8 * block))
     if kernel.shared:
         here = min(here, shared // (kernel.shared + 1024))  # of which the system takes a KiB
     return max(1, here)

@@ -1,8 +1,8 @@
 """What a block of a GPU holds in shared memory, and how much has room there.
 
 A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
-recomputes states holds them, and where they are staged (cuda/gpu_stage.h) the rows of one piece or two. Other
-sequential kernels may have a ring of laps there (cuda/gpu_ring.h).
+recomputes states holds them, and where they are staged the rows of one piece (cuda/gpu_stage.h), or rows and states of
+two (cuda/gpu_pair.h). Other sequential kernels may have a ring of laps there (cuda/gpu_ring.h).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
 LAP = 8  # steps, of rows that are in shared memory
+PAIRED_THREADS = 15 * 32  # that have a partner, at most, as a block has 15 barriers for pairs of warps
 # Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
 # chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
 _TILES = (32, 64, 128)
@@ -36,8 +37,15 @@ def staged(variant: Variant) -> dict[int, int]:
 
 
 def staged_bytes(variant: Variant, every: int, pieces: int) -> int:
-    """Of a channel of which `pieces` of `every` steps are staged, with the states of one."""
-    return every * (pieces * sum(staged(variant).values()) + state_bytes(variant))
+    """Of a channel of which `pieces` of `every` steps are staged, with states, and with activations if two are."""
+    known = activations(variant, every) * ITEMSIZE[state_dtype(variant.dtype)] if pieces > 1 else 0
+    return every * pieces * (sum(staged(variant).values()) + state_bytes(variant) + known)
+
+
+def activations(variant: Variant, every: int) -> int:
+    """Those of a step for which there is room where two pieces are staged, of the least channels that a block has."""
+    room = SHARED_BYTES // (2 * every * 32) - sum(staged(variant).values()) - state_bytes(variant)
+    return max(0, min(len(variant.cell.formula.activations), room // ITEMSIZE[state_dtype(variant.dtype)]))
 
 
 def staged_channels(variant: Variant, every: int, pieces: int) -> int:

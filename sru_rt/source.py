@@ -53,9 +53,12 @@ def gpu_kernel(cell_text: str, struct_name: str, variant: Variant, plan: Plan, s
     strides = " : ".join([*(f"i == {i} ? {n}" for i, n in enumerate(plan.input_strides)), "0"])
     flags = "has_mask has_reset wants_gates scratch_in_shared parallel shoots".split()
     flags += "reduce_reads_state saved_in_chunks".split()
-    numbers = "width depth replay_depth reduce_depth warm_up threads keep tile_bytes staged laps copied line".split()
+    numbers = (
+        "width depth replay_depth reduce_depth warm_up threads keep tile_bytes staged known laps copied line".split()
+    )
     ways = {"decode": plan.decodes, "small": plan.is_small, "shoot": plan.shoots}
-    ways |= {"lookahead": plan.lookahead, "scan": plan.parallel, "stage": plan.staged > 0, "ring": plan.laps > 0}
+    ways |= {"lookahead": plan.lookahead, "scan": plan.parallel, "pair": plan.paired, "stage": plan.staged > 0}
+    ways["ring"] = plan.laps > 0
     way = next((way for way, taken in ways.items() if taken), "")
     entry = "_".join(filter(None, ("FORWARD" if plan.forward else "BACKWARD", way.upper())))
     return f"""#include "gpu_{way or "sweep"}.h"

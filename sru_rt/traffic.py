@@ -6,7 +6,7 @@ from functools import cache
 
 from .cell import ADJOINT_OF_H, Cell
 from .dtypes import state_dtype
-from .graph import topological
+from .graph import Node, topological
 from .variant import Variant
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -41,6 +41,14 @@ def replayed(variant: Variant) -> list[int]:
     """Sizes of what one step reads of which only the new state is wanted."""
     nodes = topological(variant.cell.formula.new_state)
     used = {node.args[0] for node in nodes if node.op == "input"}
+    return [size for name, size in _inputs(variant).items() if name in used]
+
+
+def gone_back(variant: Variant, known: int) -> list[int]:
+    """Sizes of the gates and inputs of one step that its gradient needs, if so many activations are `known`."""
+    formula = variant.cell.formula
+    results = [node for node in formula.gradient.values() if isinstance(node, Node)]
+    used = {node.args[0] for node in topological(results, {*formula.activations[:known]}) if node.op == "input"}
     return [size for name, size in _inputs(variant).items() if name in used]
 
 

@@ -229,7 +229,21 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         (13, 2, 64),
         1,
         "all",
-        Way("threads=32,width=1,depth=2", save=5),
+        Way("threads=32,width=1,depth=2,staged=1", save=5),
+    ),
+    "paired": (
+        FULL["qrnn"] | {"dtype": "bfloat16"},
+        (23, 2, 128),
+        1,
+        "all",
+        Way("threads=64,width=1,depth=2", save=5),
+    ),
+    "paired_reverse": (
+        FULL["minlstm"] | {"dtype": "float32"},
+        (11, 1, 32),
+        2,
+        "lengths",
+        Way("threads=32,width=1,depth=3", save=7),
     ),
     "staged_by_neighbours": (
         FULL["qrnn"] | {"dtype": "bfloat16"},

@@ -279,11 +279,11 @@ _OPERATIONS = {"mufu": "MUFU", "loads": "LDG(STS)?", "stores": "STG", "moves": r
 _WIDTHS = {bits: rf"LDG\S*\.{of}\b\S*" for bits, of in (("8", "[US]8"), ("16", "[US]16"), ("64", "64"), ("128", "128"))}
 
 
-def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int, by: str = "LDG") -> Steady:
+def steady(text: str, kernel: str, sweeps: list[tuple[int, float, str]], channels: int) -> Steady:
     """Counts the loops that read ahead, each divided by the steps of its lap and by `channels`, times directions.
 
-    `sweeps` has for each the steps of a lap and the loads of one step, `by` that instruction, by which a loop is known.
-    Of two that read as much in a lap, the first is the one that writes to global memory.
+    `sweeps` has for each the steps of a lap, the loads of one step, and their instruction, by which a loop is known. Of
+    two that read as much in a lap, the first is the one that writes to global memory.
     What is called from a loop, such as a division in float64, is not in it. A way past an instruction counts as if
     taken.
     """
@@ -292,15 +292,15 @@ def steady(text: str, kernel: str, sweeps: list[tuple[int, int]], channels: int,
         instructions = [operation for block in loop for operation in block.instructions if "NOP" not in operation]
         if any("LDG" in operation and "STRONG" in operation for operation in instructions):
             continue  # it waits for other blocks
-        loads = _count(instructions, by)
-        fitting = [(steps, each) for steps, each in sweeps if steps * each == loads]
-        for steps, each in fitting[:1] if _count(instructions, "STG") else fitting[-1:]:
-            missing.discard((steps, each))
+        fitting = [sweep for sweep in sweeps if sweep[0] * sweep[1] == _count(instructions, sweep[2])]
+        for sweep in fitting[:1] if _count(instructions, "STG") else fitting[-1:]:
+            missing.discard(sweep)
+            steps = sweep[0]
             totals["instructions"] += len(instructions) / steps / channels
             for name, pattern in (_OPERATIONS | _WIDTHS).items():
                 totals[name] += _count(instructions, pattern) / steps / channels
     if missing:
-        raise RuntimeError(f"{kernel} has no loop of {sorted(missing)} (steps of a lap, {by} of a step)")
+        raise RuntimeError(f"{kernel} has no loop of {sorted(missing)} (steps of a lap, loads of a step)")
     rounded = {name: round(total, 3) for name, total in totals.items()}
     bits = {name: n for name in _WIDTHS if (n := rounded.pop(name))}
     if rest := round(rounded["loads"] - sum(bits.values()), 3):

@@ -154,6 +154,8 @@ def test_text_reads_like_the_step_function():
         "    const real c = fma(decay, c_prev, (real(1.0) - decay) * n);",
         "    new_state[0] = c;",
         "    *new_h = tanh(c);",
+        "    if (activation) activation[0] = decay;",
+        "    const real decay = n_known > 0 ? activation[0] : sigmoid(a + b);",
         "    const real dc_next = dnew_state[0], dh = *dnew_h;",
     ):
         assert line in lines, f"missing: {line}"
@@ -190,6 +192,24 @@ def test_sigmoid_of_a_difference_of_softpluses_is_one_function(backend):
         np.testing.assert_allclose(
             sru_rt.cell(gates="a b", state="h")(step).recurrence(u)[0], want, rtol=1e-13, atol=1e-15
         )
+
+
+def test_activations_are_what_state_and_gradient_have_in_common():
+    """The outermost functions, those that take most first; not of h, and not what no derivative needs."""
+
+    def step(a, n, e, c):
+        rate = exp(-softplus(a) * sigmoid(e))
+        c = rate * c + tanh(n) + relu(a)
+        return c, tanh(c) * sqrt(n)
+
+    formula = own_cell(step, gates="a n e", state="c").formula
+    assert [node.op for node in formula.activations] == ["tanh", "softplus", "sigmoid", "exp"]
+    last = own_cell(lambda a, c: (c + exp(sigmoid(a)), c), gates="a", state="c").formula  # exp(s) * s * (1 - s)
+    assert [node.op for node in last.activations] == ["sigmoid", "exp"]
+    outermost = own_cell(lambda a, b, c: (sigmoid(tanh(a) * b) * c, c), gates="b", params="a", state="c").formula
+    assert [node.op for node in outermost.activations] == ["tanh", "sigmoid"]
+    unused = own_cell(lambda a, c: (c + a, sigmoid(a)), gates="a", state="c")
+    assert unused.formula.activations == () and "n_activations = 0;" in emit(unused)
 
 
 @pytest.mark.parametrize("options", [Options(), Options(v="inputs", dropout=True), Options(activation="tanh")])

@@ -401,16 +401,16 @@ LOOPS = """
 
 
 def test_the_innermost_loop_is_counted_with_what_stands_out_of_line():
-    counted = nvrtc.steady(LOOPS, "forward", [(2, 1)], 1)
+    counted = nvrtc.steady(LOOPS, "forward", [(2, 1, "LDG")], 1)
     assert counted == nvrtc.Steady(instructions=5.0, mufu=0.5, loads=1.0, stores=0.5, moves=0.5, load_bits={"32": 1.0})
 
 
 def test_loads_are_told_apart_by_their_width():
     """As the machine code names them, whatever stands behind the width; an address of 64 bits is none."""
     text = LOOPS.replace("@P1 LDG.E R4", "@P1 LDG.E.U16.CONSTANT R4").replace("LDG.E.NA.CONSTANT", "LDG.E.64.CONSTANT")
-    assert nvrtc.steady(text, "forward", [(2, 1)], 1).load_bits == {"16": 0.5, "64": 0.5}
+    assert nvrtc.steady(text, "forward", [(2, 1, "LDG")], 1).load_bits == {"16": 0.5, "64": 0.5}
     text = LOOPS.replace("@P1 LDG.E R4", "@P1 LDG.E.128 R4")
-    assert nvrtc.steady(text, "forward", [(2, 1)], 1).load_bits == {"32": 0.5, "128": 0.5}
+    assert nvrtc.steady(text, "forward", [(2, 1, "LDG")], 1).load_bits == {"32": 0.5, "128": 0.5}
 
 
 def test_all_instructions_of_a_kernel():
@@ -418,10 +418,10 @@ def test_all_instructions_of_a_kernel():
 
 
 def test_a_kernel_without_such_a_loop_is_refused():
-    with pytest.raises(RuntimeError, match=r"no loop of \[\(3, 1\)\]"):
-        nvrtc.steady(LOOPS, "forward", [(2, 1), (3, 1)], 1)
+    with pytest.raises(RuntimeError, match=r"no loop of \[\(3, 1, 'LDG'\)\]"):
+        nvrtc.steady(LOOPS, "forward", [(2, 1, "LDG"), (3, 1, "LDG")], 1)
     with pytest.raises(RuntimeError, match="no kernel backward"):
-        nvrtc.steady(LOOPS, "backward", [(1, 1)], 1)
+        nvrtc.steady(LOOPS, "backward", [(1, 1, "LDG")], 1)
 
 
 def test_spills_are_seen():

@@ -44,6 +44,8 @@ CLEAN = {
     "asan, looking ahead": Job("asan", "looking_ahead looking_ahead_recomputed looking_ahead_in_pairs"),
     "asan, staged": Job("asan", "staged staged_by_neighbours staged_by_warps"),
     "tsan, staged": Job("tsan", "staged staged_by_neighbours staged_by_warps", (1, 2)),
+    "asan, pairs of warps": Job("asan", "paired paired_reverse"),
+    "tsan, pairs of warps": Job("tsan", "paired paired_reverse", (1, 2)),
     "asan, rings": Job("asan", "ring ring_of_pairs"),
     "tsan, rings": Job("tsan", "ring ring_of_pairs", (1, 2)),
     "asan, small layers": Job("asan", "layer odd_layer", (0, 1, 2)),
@@ -90,8 +92,8 @@ PLANTED = {
         "asan",
         "recomputed",
         (0,),
-        "store(to.state[i] + k * to.step, narrow<acc>(state[i]));",
-        "store(to.state[i] + (k + 1) * to.step, narrow<acc>(state[i]));",
+        "store(to.value[i] + k * to.step, narrow<acc>(state[i]));",
+        "store(to.value[i] + (k + 1) * to.step, narrow<acc>(state[i]));",
         r"AddressSanitizer: (use-after-poison|heap-buffer-overflow)",
     ),
     "begin pairs at odd places": Job(
@@ -149,7 +151,7 @@ PLANTED = {
         "tsan",
         "recomputed",
         (2,),
-        "(acc *)(sru_shared + a.every * before) + threadIdx.x * width",
+        "(acc *)(sru_shared + a.every * before) + thread() * width",
         "(acc *)(sru_shared + a.every * before)",
         RACE,
     ),
@@ -308,10 +310,25 @@ PLANTED = {
         "tsan",
         "staged_by_warps",
         (1, 2),
-        "cp_async_wait<buffers - 1>();\n      meet();",
-        "cp_async_wait<buffers - 1>();",
+        "cp_async_wait<0>();\n      meet();",
+        "cp_async_wait<0>();",
         RACE,
         "gpu_stage.h",
+    ),
+    "copy rows that a pair has none of": Job(
+        "asan", "paired", (1,), "smaller(lap, this->left)", "lap", HEAP, "gpu_pair.h"
+    ),
+    "go on without the partner": Job(
+        "tsan",
+        "paired",
+        (1, 2),
+        "        meet_partner();\n        copies.part(of_part);",
+        "        copies.part(of_part);\n        meet_partner();",
+        RACE,
+        "gpu_pair.h",
+    ),
+    "read copies of the warp without waiting for it": Job(
+        "tsan", "paired", (1, 2), "        Stage::meet();\n", "", RACE, "gpu_pair.h"
     ),
     "go beyond the tile": Job(
         "asan",

@@ -29,7 +29,7 @@ from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import state_dtype
 from sru_rt.shared_memory import at_once, chunk_of_tile
-from sru_rt.traffic import moved, reduced, replayed
+from sru_rt.traffic import gone_back, moved, reduced, replayed
 from sru_rt.variant import Variant
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
@@ -179,7 +179,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     code, log = entry.compile()
     used = nvrtc.resources(log)[entry.kernel]
     result: dict[str, Any] = {name: getattr(made, name) for name in ("width", "depth", "replay_depth", "threads")}
-    result |= {name: getattr(made, name) for name in ("staged", "laps") if getattr(made, name)}
+    result |= {name: getattr(made, name) for name in ("staged", "known", "laps") if getattr(made, name)}
     result |= {"registers": used.registers, "spills": used.spill_stores + used.spill_loads}
     if entry.kernel.startswith("sum_") or entry.kernel == "clear":
         result |= {"width": 1, "depth": 1, "replay_depth": 1, "threads": 256}
@@ -196,38 +196,43 @@ def measure(entry: Entry) -> dict[str, Any]:
 
 def warps(arch: int, kernel: dict[str, Any]) -> int:
     """Warps that a multiprocessor has room for."""
-    taken = {name: kernel[name] for name in ("threads", "registers", "shared")}
+    sizes = {name: kernel[name] for name in ("threads", "registers", "shared")}
+    of_channels = 2 if kernel.get("staged") == 2 else 1
     usual = machine.usual(arch, machine.USUAL_MULTIPROCESSORS[arch])
-    return predict.occupancy(usual, predict.Kernel(0, 0, **taken)) * kernel["threads"] // 32
+    blocks = predict.occupancy(usual, predict.Kernel(0, 0, warps=of_channels, **sizes))
+    return blocks * of_channels * kernel["threads"] // 32
 
 
 def steady(text: str, variant: Variant, made: plan.Plan, kernel: str) -> nvrtc.Steady:
     """What the loops over time take of a channel and step."""
-    by = "LDS" if made.staged or made.laps else "LDG"
-    return nvrtc.steady(text, kernel, sweeps(variant, made, kernel), made.width * made.D, by)
+    return nvrtc.steady(text, kernel, sweeps(variant, made, kernel), made.width * made.D)
 
 
-def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, int]]:
-    """Of each loop over time, or over chunks, the steps of a lap and the loads of a step.
+def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, float, str]]:
+    """Of each loop over time, or over chunks, the steps of a lap, and the loads of a step with their instruction.
 
     They are those from global memory, or from shared memory where rows come through it.
     """
     states = len(variant.cell.state) if made.keep == 1 else 0
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
+    of_replay = len(replayed(variant))
     if made.staged:
-        rows = [made.in_tile.bit_count() + len(variant.cell.state), len(replayed(variant))]
-        return [*zip((made.depth, made.replay_depth), rows)]
+        of_row = len(gone_back(variant, made.known)) + 1 + len(variant.cell.state) + made.known
+        found = [(made.depth, of_row, "LDS"), (made.replay_depth, of_replay, "LDS")]
+        copies = made.in_tile.bit_count() * made.width / made.copied
+        return [*found, (made.depth, copies, "LDGSTS")] if made.paired else found
     if made.laps:
-        return [(at_once(made.forward), made.in_tile.bit_count())]
-    found = [(made.depth, inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count())]
+        return [(at_once(made.forward), made.in_tile.bit_count(), "LDS")]
+    of_row = inputs + (0 if made.forward else 1 + states) - made.in_tile.bit_count()
+    found = [(made.depth, of_row, "LDG")]
     if made.lookahead:
-        found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep))))
+        found.append((made.reduce_depth, len(reduced(variant, made.forward, made.keep)), "LDG"))
     if made.keep > 1 and not made.forward:
-        found.append((made.replay_depth, len(replayed(variant))))
+        found.append((made.replay_depth, of_replay, "LDG"))
     if made.shoots and kernel == "forward":
-        found.append((made.reduce_depth, len(replayed(variant))))
-    if kernel == "settle":
-        found = [(made.replay_depth, inputs), (16, 2)]  # the latter as follow_depth of cuda/gpu_shoot.h has it
+        found.append((made.reduce_depth, of_replay, "LDG"))
+    if kernel == "settle":  # the latter as follow_depth of cuda/gpu_shoot.h has it
+        found = [(made.replay_depth, inputs, "LDG"), (16, 2, "LDG")]
     return found
 
 
@@ -245,17 +250,22 @@ def recorded() -> dict[str, dict[str, Any]]:
 # What it means: see sru_rt/predict.py
 
 
-def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
-    """The time of a kernel of the record on the usual card of its architecture."""
+def taken(entry: Entry, kernel: dict[str, Any]) -> predict.Kernel:
+    """What a kernel of the record takes."""
     variant = entry.planned()[0]
     forward, every = entry.kept
-    L, B, D, d = entry.sizes
     names = ("width", "depth", "replay_depth", "threads", "shared")
     shared = {name: kernel.get(name, 0) for name in ("staged", "laps")}
-    taken = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names}, **shared)
-    taken = taken._replace(registers=kernel["registers"], instructions=kernel["instructions"], special=kernel["mufu"])
+    found = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names}, **shared)
+    counted = {"registers": kernel["registers"], "instructions": kernel["instructions"], "special": kernel["mufu"]}
+    return found._replace(most=found.most * kernel["instructions"] / found.instructions, **counted)
+
+
+def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
+    """The time of a kernel of the record on the usual card of its architecture."""
+    L, B, D, d = entry.sizes
     usual = machine.usual(entry.arch, machine.USUAL_MULTIPROCESSORS[entry.arch])
-    return predict.sweep(usual, taken, B * D * d, L)
+    return predict.sweep(usual, taken(entry, kernel), B * D * d, L)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +296,7 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
     lines = []
     for entry, k in rows:
         forward, every = entry.kept
-        cell, expected = _cells()[entry.cell], predicted(entry, k)
+        chain, expected = taken(entry, k).chain, predicted(entry, k)
         reads, writes = moved(entry.planned()[0], forward, every)
         _, B, D, _ = entry.sizes
         where = f"`{entry.cell}`" if not sized else f"`{entry.cell}`, B {B}, D {D}"
@@ -303,7 +313,7 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
                 _loads(k),
                 f"{k['instructions']:.1f}",
                 f"{k['mufu']:.1f}",
-                f"{costs.chain(cell, forward, not forward and every > 1)}" if single else "",
+                f"{chain}" if single else "",
                 f"{expected.best * 1e6:.0f} to {expected.worst * 1e6:.0f}" if single else "",
                 expected.bound if single else "",
                 f"{expected.memory / expected.worst:.0%} to {expected.memory / expected.best:.0%}" if single else "",
@@ -313,9 +323,9 @@ def _budget_table(rows: list[tuple[Entry, dict[str, Any]]], sized: bool = False)
 
 
 def _plan(kernel: dict[str, Any]) -> str:
-    """Width, depth, threads, and of how many pieces rows are staged, or the laps of a ring in shared memory."""
+    """Width, depth, threads, and of how many pieces rows are staged, with what else, or the laps of a ring there."""
     numbers = ", ".join(str(kernel[name]) for name in ("width", "depth", "threads"))
-    return ", ".join([numbers, *(f"{name} {kernel[name]}" for name in ("staged", "laps") if name in kernel)])
+    return ", ".join([numbers, *(f"{name} {kernel[name]}" for name in ("staged", "known", "laps") if name in kernel)])
 
 
 def _loads(kernel: dict[str, Any]) -> str:

@@ -10,11 +10,14 @@
 
 struct qrnn_ifo_cell {
   static constexpr int n_gates = 4, n_inputs = 0, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 0;
+  static constexpr int n_activations = 3;
   static constexpr bool affine = true;
 
+  // `activation` gets what gradient() may be told, if it is not null.
   template <class real>
   SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
-                   const real *state, const real *constant, real *new_state, real *new_h) {
+                   const real *state, const real *constant, real *new_state, real *new_h,
+                   real *activation = nullptr) {
     const real uz = gate[0], uf = gate[1], uo = gate[2], ui = gate[3];
     const real b_z = param[0], b_f = param[1], b_o = param[2], b_i = param[3];
     const real c_prev = state[0];
@@ -24,25 +27,30 @@ struct qrnn_ifo_cell {
     const real out = sigmoid(uo + b_o);
     new_state[0] = c;
     *new_h = out * c;
+    if (activation) activation[0] = z;
+    if (activation) activation[1] = sigmoid(ui + b_i);
+    if (activation) activation[2] = f;
   }
 
   // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
-  template <class real>
+  // The first `n_known` of `activation` need not be computed.
+  template <class real, int n_known = 0>
   SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
                        const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
-                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate,
+                       const real *activation = nullptr) {
     const real uz = gate[0], uf = gate[1], uo = gate[2], ui = gate[3];
     const real b_z = param[0], b_f = param[1], b_o = param[2], b_i = param[3];
     const real c_prev = state[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
     const real out = sigmoid(uo + b_o);
     const real dc = fma(dh, out, dc_next);
-    const real t1 = sigmoid(ui + b_i);
+    const real t1 = n_known > 1 ? activation[1] : sigmoid(ui + b_i);
     const real dz = dc * t1;
-    const real z = tanh(uz + b_z);
+    const real z = n_known > 0 ? activation[0] : tanh(uz + b_z);
     const real t2 = dz * z;
     const real duz = fma(-t2, z, dz);
-    const real f = sigmoid(uf + b_f);
+    const real f = n_known > 2 ? activation[2] : sigmoid(uf + b_f);
     const real t3 = dc * f;
     const real t4 = t3 * c_prev;
     const real duf = fma(-t4, f, t4);

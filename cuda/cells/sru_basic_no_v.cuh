@@ -8,11 +8,14 @@
 
 struct sru_basic_no_v_cell {
   static constexpr int n_gates = 2, n_inputs = 0, n_per_sequence = 0, n_params = 1, n_state = 1, n_constants = 0;
+  static constexpr int n_activations = 1;
   static constexpr bool affine = true;
 
+  // `activation` gets what gradient() may be told, if it is not null.
   template <class real>
   SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
-                   const real *state, const real *constant, real *new_state, real *new_h) {
+                   const real *state, const real *constant, real *new_state, real *new_h,
+                   real *activation = nullptr) {
     const real u0 = gate[0], uf = gate[1];
     const real b_f = param[0];
     const real c_prev = state[0];
@@ -20,19 +23,22 @@ struct sru_basic_no_v_cell {
     const real c = fma(f, c_prev, (real(1.0) - f) * u0);
     new_state[0] = c;
     *new_h = c;
+    if (activation) activation[0] = f;
   }
 
   // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
-  template <class real>
+  // The first `n_known` of `activation` need not be computed.
+  template <class real, int n_known = 0>
   SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
                        const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
-                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate,
+                       const real *activation = nullptr) {
     const real u0 = gate[0], uf = gate[1];
     const real b_f = param[0];
     const real c_prev = state[0];
     const real dc_next = dnew_state[0], dh = *dnew_h;
     const real dc = dc_next + dh;
-    const real f = sigmoid(uf + b_f);
+    const real f = n_known > 0 ? activation[0] : sigmoid(uf + b_f);
     const real du0 = fma(-dc, f, dc);
     const real duf = du0 * (c_prev - u0) * f;
     dgate[0] = du0;

@@ -9,11 +9,14 @@
 
 struct sru_projected_cell {
   static constexpr int n_gates = 4, n_inputs = 0, n_per_sequence = 0, n_params = 4, n_state = 1, n_constants = 0;
+  static constexpr int n_activations = 1;
   static constexpr bool affine = false;
 
+  // `activation` gets what gradient() may be told, if it is not null.
   template <class real>
   SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
-                   const real *state, const real *constant, real *new_state, real *new_h) {
+                   const real *state, const real *constant, real *new_state, real *new_h,
+                   real *activation = nullptr) {
     const real u0 = gate[0], uf = gate[1], ur = gate[2], u3 = gate[3];
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
@@ -23,13 +26,16 @@ struct sru_projected_cell {
     const real h = fma(c - u3, r, u3);
     new_state[0] = c;
     *new_h = h;
+    if (activation) activation[0] = f;
   }
 
   // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
-  template <class real>
+  // The first `n_known` of `activation` need not be computed.
+  template <class real, int n_known = 0>
   SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
                        const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
-                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate,
+                       const real *activation = nullptr) {
     const real u0 = gate[0], uf = gate[1], ur = gate[2], u3 = gate[3];
     const real b_f = param[0], b_r = param[1], v_f = param[2], v_r = param[3];
     const real c_prev = state[0];
@@ -37,7 +43,7 @@ struct sru_projected_cell {
     const real r = sigmoid_fma(v_r, c_prev, ur + b_r);
     const real t1 = dh * r;
     const real dc = dc_next + t1;
-    const real f = sigmoid_fma(v_f, c_prev, uf + b_f);
+    const real f = n_known > 0 ? activation[0] : sigmoid_fma(v_f, c_prev, uf + b_f);
     const real du0 = fma(-dc, f, dc);
     const real duf = du0 * (c_prev - u0) * f;
     const real c = fma(f, c_prev, fma(-u0, f, u0));

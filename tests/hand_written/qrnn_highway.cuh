@@ -11,11 +11,14 @@
 
 struct qrnn_highway_cell {
   static constexpr int n_gates = 3, n_inputs = 1, n_per_sequence = 0, n_params = 3, n_state = 1, n_constants = 0;
+  static constexpr int n_activations = 2;
   static constexpr bool affine = true;
 
+  // `activation` gets what gradient() may be told, if it is not null.
   template <class real>
   SRU_FN void step(const real *gate, const real *input, const real *per_sequence, const real *param,
-                   const real *state, const real *constant, real *new_state, real *new_h) {
+                   const real *state, const real *constant, real *new_state, real *new_h,
+                   real *activation = nullptr) {
     const real uz = gate[0], uf = gate[1], uo = gate[2];
     const real x = input[0];
     const real b_z = param[0], b_f = param[1], b_o = param[2];
@@ -27,12 +30,17 @@ struct qrnn_highway_cell {
     const real h = fma(c - x, out, x);
     new_state[0] = c;
     *new_h = h;
+    if (activation) activation[0] = z;
+    if (activation) activation[1] = f;
   }
 
-  template <class real>
+  // `dnew_state`, `dnew_h` are the adjoints of what step() returns; the results are those of what it takes.
+  // The first `n_known` of `activation` need not be computed.
+  template <class real, int n_known = 0>
   SRU_FN void gradient(const real *gate, const real *input, const real *per_sequence, const real *param,
                        const real *state, const real *constant, const real *dnew_state, const real *dnew_h,
-                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate) {
+                       real *dgate, real *dinput, real *dper_sequence, real *dparam, real *dstate,
+                       const real *activation = nullptr) {
     const real x = input[0], dh = *dnew_h;
     const real z = tanh(gate[0] + param[0]);
     const real f = sigmoid(gate[1] + param[1]);
