@@ -368,6 +368,7 @@ struct GpuSweep {
   SRU_FN void write_padding(const ForwardArguments<Cell> &f, const Part &at, const Span<reverse> &span) {
     const index_t rows = batch(f.given) * Plan::D * Plan::d;
     Io *const h = (Io *)f.h + at.row(reverse) * Plan::d + at.j;
+#pragma unroll 1
     for (index_t t = span.padding_begin(); t < span.padding_end(); t++) store(h + t * rows, narrow<Io>(real(0)));
   }
   SRU_FN void write_last(const ForwardArguments<Cell> &f, const Part &at, int q, const real *state) {
@@ -559,6 +560,7 @@ struct GpuSweep {
       real dgates[SRU_AT_LEAST_ONE(Cell::n_gates)], dinputs[SRU_AT_LEAST_ONE(Cell::n_inputs)];
       for (int i = 0; i < Cell::n_gates; i++) dgates[i] = real(0);
       for (int i = 0; i < Cell::n_inputs; i++) dinputs[i] = real(0);
+#pragma unroll 1
       for (index_t t = span.padding_begin(); t < span.padding_end(); t++) {
         start(f, at, t);
         write(dgates, dinputs, 0);
