@@ -3,11 +3,10 @@
 // and the schedulers of a multiprocessor have two warps where there are as few channels as one would take.
 //
 // Shared memory holds the rows of two pieces and their states, and as many activations of their steps as there is room
-// for, which need not be computed twice. Of each piece in turn, last piece first, the warp that
-// recomputes copies the rows, then replays it; when the other warp has gone back over a part of the piece at hand, rows
-// of the next piece but one take the places of those. They are needed first row first, but places become free last row
-// first: so a piece lies mirrored where the one before it in the same places does not. Both meet after each of a few
-// parts of a piece.
+// for, which need not be computed twice. Of each piece in turn, last piece first, the warp that recomputes copies the
+// rows, then replays it; when the other warp has gone back over a part of the piece at hand, rows of the next piece but
+// one take the places of those. They are needed first row first, but places become free last row first: so a piece lies
+// mirrored where the one before it in the same places does not. Both meet after each of a few parts of a piece.
 //
 // Warps lie in one sequence and arrays at multiples of 16 bytes, so that the threads of a warp copy for each other: see
 // gpu_stage.h.
@@ -34,7 +33,7 @@ struct GpuPair {
   static constexpr int parts = 4, lap = Plan::depth, step_bytes = Stage::step_bytes, pairs = Plan::threads / 32;
   static_assert(Sweep::paired && (Stage::group == 32 || Stage::rows == 1), "whole warps copy for each other");
   static_assert(Plan::threads % 32 == 0 && pairs < 16, "there are barriers for so many");
-  static_assert(Plan::scratch_in_shared && Plan::replay_depth == lap, "parts are whole laps");
+  static_assert(Plan::scratch_in_shared, "both warps find states there");
 
   SRU_FN int steps_of_part(index_t every) { return int(Sweep::pieces(Sweep::pieces(every, parts), lap)) * lap; }
   SRU_FN int smaller(int a, int b) { return a < b ? a : b; }
@@ -104,7 +103,7 @@ struct GpuPair {
       for (int i = 0; i < parts; i++, left -= of_part) {
         cp_async_wait<parts - 1>();
         Stage::meet();
-        Stage::template sweep<lap>(rows, smaller(left, of_part), replay, [] {});
+        Stage::template sweep<Plan::replay_depth>(rows, smaller(left, of_part), replay, [] {});
         meet_partner();
         copies.part(of_part);
       }

@@ -19,6 +19,7 @@ from .machine import Device, Machine, usual
 from .shared_memory import (
     LAP,
     fewest_laps,
+    lap_of_pairs,
     ring_bytes,
     ring_channels,
     shared_channels,
@@ -202,7 +203,8 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
             found[choice] = _time(machine, choice.kernel(task), at).worst
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
             if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
-                choice = Choice(width, LAP, LAP if staged else 1, 1, fitting, staged, laps)
+                lap = lap_of_pairs(task.every) if staged == 2 else LAP
+                choice = Choice(width, lap, lap if staged else 1, 1, fitting, staged, laps)
                 times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]
                 overlap = laps > 0 or staged > 1
                 found[choice] = max((t.middle if overlap else t.worst) / more for t, more in zip(times, _LIKE))

@@ -66,7 +66,11 @@ def sweep(
         instructions, special = instructions + more + (0 if staged else _AGAIN), special + special_more
     if staged:
         instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16
+    ahead = every if staged else depth
+    if paired:
+        ahead = max(1, every - shared_memory.part_of_pairs(every))
     if laps:
+        ahead = shared_memory.ahead(forward, laps)
         instructions += _COPY * sum(shared_memory.ring(variant, forward).values()) / 16
     forwards, backwards = chain(variant.cell, True, False), chain(variant.cell, forward, False)
     return Kernel(
@@ -74,7 +78,7 @@ def sweep(
         writes=writes,
         again=sum(replayed(variant)) if twice else 0,
         width=width,
-        depth=every if staged else shared_memory.ahead(forward, laps) if laps else depth,
+        depth=ahead,
         replay_depth=replay_depth if twice else 0,
         refills=2 if twice else int(staged == 1),
         every=max(1, every),
@@ -219,7 +223,7 @@ def _lap_registers(variant: Variant, forward: bool, width: int, ring: bool, pair
         return round(45 + 4.5 * words)
     if not ring:
         return 50 + 6 * words
-    return 40 + 9 * words if forward else 40 + 7 * words
+    return round(40 + (8.5 if forward else 7) * words)
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
 LAP = 8  # steps, of rows that are in shared memory
+_PARTS = 4  # of a piece: see cuda/gpu_pair.h
 PAIRED_THREADS = 15 * 32  # that have a partner, at most, as a block has 15 barriers for pairs of warps
 # Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
 # chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
@@ -28,6 +29,17 @@ def state_bytes(variant: Variant) -> int:
 def shared_channels(variant: Variant, every: int) -> int:
     """Channels of which a block has room for the states of a piece."""
     return SHARED_BYTES // (every * state_bytes(variant))
+
+
+def lap_of_pairs(every: int) -> int:
+    """Steps that pairs of warps go through at once, of pieces of `every` steps that they meet at least four times in."""
+    return min(LAP, -(-every // _PARTS))
+
+
+def part_of_pairs(every: int) -> int:
+    """Steps after which they meet: whole laps."""
+    lap = lap_of_pairs(every)
+    return -(-every // (_PARTS * lap)) * lap
 
 
 def staged(variant: Variant) -> dict[int, int]:

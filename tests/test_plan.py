@@ -376,6 +376,13 @@ def test_activations_are_kept_where_there_is_room(every, known):
     assert (p.staged, p.known) == (2, known)
 
 
+@pytest.mark.parametrize("every, depth", [(2, 1), (5, 2), (8, 2), (16, 4), (28, 7), (29, 8), (32, 8), (64, 8)])
+def test_pairs_meet_in_a_piece(every, depth):
+    """Four times at least, so that rows of the next piece but one are on their way long before they are needed."""
+    p = made("bfloat16", cell=CELLS["mingru"], forward=False, every=every)
+    assert (p.staged, p.depth, p.replay_depth) == (2, depth, depth)
+
+
 def test_more_threads_than_there_are_barriers_for(monkeypatch):
     monkeypatch.setenv("SRU_RT_PLAN", "threads=480,width=1,staged=2")
     paired = made("bfloat16", cell=CELLS["mingru"], forward=False, every=2)
