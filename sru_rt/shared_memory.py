@@ -32,7 +32,7 @@ def shared_channels(variant: Variant, every: int) -> int:
 
 
 def lap_of_pairs(every: int) -> int:
-    """Steps that pairs of warps go through at once, of pieces of `every` steps that they meet at least four times in."""
+    """Steps that pairs of warps go through at once, of pieces of `every` steps in which they meet four times."""
     return min(LAP, -(-every // _PARTS))
 
 
