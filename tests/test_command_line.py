@@ -201,9 +201,9 @@ def test_calls_look_for_what_is_warmed(cell, monkeypatch, nvrtc, new_process):
 @pytest.mark.parametrize("width, multiprocessors", [(1, 132), (2, 1)])
 def test_pairs_of_channels(width, multiprocessors, monkeypatch, nvrtc, new_process):
     device = Device(90, multiprocessors)
-    wanted = looked_for(monkeypatch, lambda: layer("sru", "float16", 3, 8, 64, save=2), device)
+    wanted = looked_for(monkeypatch, lambda: layer("sru", "float16", 3, 8, 64, save=True), device)
     assert {p.width for _, p, _ in wanted} == {width}
-    arguments = "--arch sm_90 --cell sru --dtype float16 --d 64 --batch 8 --save 2 --length 3 --multiprocessors"
+    arguments = "--arch sm_90 --cell sru --dtype float16 --d 64 --batch 8 --save every --length 3 --multiprocessors"
     assert wanted == warmed(*arguments.split(), str(multiprocessors))
 
 
