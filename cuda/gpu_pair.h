@@ -30,14 +30,13 @@ struct GpuPair {
   template <bool reverse>
   using Pieces = typename Sweep::template Pieces<reverse>;
 
-  static constexpr int parts = 4, lap = Plan::depth, step_bytes = Stage::step_bytes, pairs = Plan::threads / 32;
+  static constexpr int parts = 4, lap = Plan::depth, step_bytes = Stage::step_bytes;
   static_assert(Sweep::paired && (Stage::group == 32 || Stage::rows == 1), "whole warps copy for each other");
-  static_assert(Plan::threads % 32 == 0 && pairs < 16, "there are barriers for so many");
+  static_assert(Plan::threads == 32, "a block is one pair, which meets at the barrier of the block");
   static_assert(Plan::scratch_in_shared, "both warps find states there");
 
   SRU_FN int steps_of_part(index_t every) { return int(Sweep::pieces(Sweep::pieces(every, parts), lap)) * lap; }
   SRU_FN int smaller(int a, int b) { return a < b ? a : b; }
-  SRU_FN void meet_partner() { meet_warp(1 + Sweep::thread() / 32); }
 
   // Where piece number k lies: its first row, the way from a row to the next one, and what is known of its steps. The
   // fourth one behind it lies in the same way.
@@ -104,7 +103,7 @@ struct GpuPair {
         cp_async_wait<parts - 1>();
         Stage::meet();
         Stage::template sweep<Plan::replay_depth>(rows, smaller(left, of_part), replay, [] {});
-        meet_partner();
+        ::meet();  // the partner
         copies.part(of_part);
       }
       piece = next;
@@ -120,7 +119,7 @@ struct GpuPair {
     Flags flags;
     flags.read(f.given, at, span, piece);
 #pragma unroll 1
-    for (int i = 0; piece.steps() && i < 2 * parts; i++) meet_partner();  // the other one is at the first piece
+    for (int i = 0; piece.steps() && i < 2 * parts; i++) ::meet();  // the other one is at the first piece
     for (int k = 0; int left = piece.steps(); k++) {
       const Place here(f, at, span, k);
       const Marks marks(flags);
@@ -131,7 +130,7 @@ struct GpuPair {
 #pragma unroll 1
       for (int i = 0; i < parts; i++, left -= of_part) {
         Stage::template sweep<lap>(rows, smaller(left, of_part), work, [] {});
-        if (piece.steps()) meet_partner();
+        if (piece.steps()) ::meet();
       }
     }
   }
@@ -154,7 +153,7 @@ struct GpuPair {
     work.pad(f, at, span);
   }
 
-  // Which half of a block recomputes changes with its place, so that each scheduler has as many of one kind as of the
+  // Which warp of a block recomputes changes with its place, so that each scheduler has as many of one kind as of the
   // other.
   SRU_FN bool recomputes() {
     extern __shared__ __align__(16) unsigned char sru_shared[];

@@ -99,9 +99,6 @@ SRU_PTX unsigned int acquire_flag(const unsigned int *p) {
 
 SRU_PTX void meet() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
-// A barrier of two warps; there are 15 besides the one of all, numbered from 1 on.
-SRU_PTX void meet_warp(int number) { asm volatile("bar.sync %0, 64;" ::"r"(number) : "memory"); }
-
 // Where this warp stands in its multiprocessor, which gives neighbouring places to the warps of a block. Its remainder
 // by 4 is the scheduler that has the warp.
 SRU_PTX int place_of_warp() {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,7 +18,6 @@ from .simplify import simplify
 KINDS = ("gates", "inputs", "per_sequence", "params", "state", "constants")
 
 # States up to which steps are composed into one, with a matrix for each.
-_COSTLY = ("tanh", "softplus", "log", "sigmoid", "sqrt", "exp")  # functions, those that take most first
 MOST_COMPOSED = 2
 
 # Inputs of gradient graphs that hold adjoints. No identifiers, so that no declared value can have such a name.
@@ -164,8 +163,7 @@ class Formula:
     `gradient` maps the name of each value that has one (all but constants) to its derivative, in terms of the
     step's own values, and of inputs named by `adjoint_of` for each new state and by `ADJOINT_OF_H` for the output.
     `jacobian` holds the derivatives of the new states by the states, row by row; nothing for more than
-    `MOST_COMPOSED` states. `activations` are the functions of which the new states are made and that the derivatives
-    need as well, those that take most to compute first.
+    `MOST_COMPOSED` states.
     """
 
     leaves: dict[str, Node]
@@ -175,7 +173,6 @@ class Formula:
     gradient: dict[str, Node]
     gradient_names: dict[Node, str] = field(default_factory=dict)
     jacobian: tuple[Node, ...] = ()
-    activations: tuple[Node, ...] = ()
 
 
 # functools.cache holds no lock while it computes, unlike cached_property before Python 3.12: a process may fork at any
@@ -230,24 +227,15 @@ def _trace(cell: Cell) -> Formula:
     if len(cell.state) <= MOST_COMPOSED:
         for new in outputs[:-1]:
             jacobian += graph.differentiate([new], [table.constant(1)], [leaves[name] for name in cell.state])[0]
-    gradient = {name: simpler[node] for name, node in zip(wanted, derived)}
     return Formula(
         leaves,
         tuple(outputs[:-1]),
         outputs[-1],
         names,
-        gradient,
+        {name: simpler[node] for name, node in zip(wanted, derived)},
         gradient_names,
         tuple(jacobian),
-        _activations(outputs[:-1], gradient.values()),
     )
-
-
-def _activations(new_state: Sequence[Node], gradient: Iterable[Node]) -> tuple[Node, ...]:
-    """Of functions that are computed of each other the last ones, unless a derivative needs the others as well."""
-    found = {node for node in graph.topological(new_state) if node.op in _COSTLY}
-    needed = [node for node in graph.topological(gradient, found) if node in found]
-    return tuple(sorted(needed, key=lambda node: _COSTLY.index(node.op)))
 
 
 def _call_watched(cell: Cell, leaves: dict[str, Node]) -> tuple[Any, dict[str, Any]]:

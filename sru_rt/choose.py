@@ -18,6 +18,8 @@ from .dtypes import state_dtype
 from .machine import Device, Machine, usual
 from .shared_memory import (
     LAP,
+    PAIRED_THREADS,
+    activations,
     fewest_laps,
     lap_of_pairs,
     ring_bytes,
@@ -128,7 +130,8 @@ class Choice(NamedTuple):
         states = task.every * state_bytes(task.variant) if task.in_shared else 0
         channel = states + task.tile * sum(held)
         if self.staged:
-            channel = staged_bytes(task.variant, task.every, self.staged)
+            known = activations(task.variant, task.every, self.threads * self.width) if self.staged == 2 else 0
+            channel = staged_bytes(task.variant, task.every, self.staged, known)
         if self.laps:
             channel = ring_bytes(task.variant, task.forward, self.laps)
         found = costs.sweep(
@@ -202,7 +205,8 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at).worst
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
-            if fitting := min(_threads_in_shared(at / width), task.block(width, staged, laps)):
+            usual_threads = PAIRED_THREADS if staged == 2 else _threads_in_shared(at / width)
+            if fitting := min(usual_threads, task.block(width, staged, laps)):
                 lap = lap_of_pairs(task.every) if staged == 2 else LAP
                 choice = Choice(width, lap, lap if staged else 1, 1, fitting, staged, laps)
                 times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]

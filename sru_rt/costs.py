@@ -15,6 +15,7 @@ from . import shared_memory
 from .cell import ADJOINT_OF_H, Cell, adjoint_of
 from .decode import THREADS, Reads
 from .dtypes import state_dtype
+from .emit import activations
 from .graph import LEAVES, Node, topological
 from .predict import Kernel, Token
 from .simplify import count_uses, softplus_shares
@@ -57,7 +58,7 @@ def sweep(
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
     twice, paired = again and not staged, staged == 2
-    known = shared_memory.activations(variant, every) if paired else 0
+    known = shared_memory.activations(variant, every, threads * width) if paired else 0
     instructions, special = _instructions(variant, forward, width, known)
     most = 0.0
     if again:
@@ -231,7 +232,7 @@ def _instructions(variant: Variant, forward: bool, width: int, known: int) -> tu
     """Instructions and special functions of a step, or of its gradient if `known` activations need not be computed."""
     cell, formula = variant.cell, variant.cell.formula
     results = [*formula.new_state, formula.h] if forward else [*formula.gradient.values()]
-    found, special = _arithmetic(variant.dtype, results, formula.activations[:known])
+    found, special = _arithmetic(variant.dtype, results, activations(cell)[:known])
     steps = len(cell.gates) + len(cell.inputs)
     loads, stores = (steps, 1 + len(cell.state)) if forward else (steps + 1 + len(cell.state), steps)
     return found + _STEP / width + _LOAD * loads + _STORE * stores + _halves(variant, loads + stores), special

@@ -5,7 +5,10 @@ Every product that feeds one sum is written as fma(), so that all kernels round 
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from math import isfinite
 
 from .cell import ADJOINT_OF_H, KINDS, Cell, adjoint_of
@@ -31,6 +34,7 @@ _CPP_WORDS = (
     | {f"d{name}" for name in (*_ARRAYS.values(), "new_state", "new_h")}
 )
 
+_COSTLY = ("tanh", "softplus", "log", "sigmoid", "sqrt", "exp")  # functions, those that take most first
 _SUM, _PRODUCT, _UNARY, _ATOM = 1, 2, 3, 4
 _INFIX = {"+": _SUM, "-": _SUM, "*": _PRODUCT, "/": _PRODUCT, **dict.fromkeys(COMPARISONS, 0)}
 
@@ -71,6 +75,7 @@ class _Block:
         self.fused: set[Node] = set()  # sums that are an fma() on the line of what uses them
         self.leaf_names = leaf_names
         self.lines: list[str] = []
+        self.in_full: dict[str, str] = {}  # what stands behind a name
         for node in self.order:
             self._add(node)
 
@@ -110,6 +115,7 @@ class _Block:
         own_line = node in self.wanted or node in self.known or (self.uses[node] > 1 and not node.is_condition)
         if node.op not in LEAVES and own_line:
             name = self._name(node)
+            self.in_full[name] = f"({self._full(expression[0])})"
             kind = "auto" if node.is_condition else "real"
             if node in self.known:
                 i = self.known[node]
@@ -117,6 +123,13 @@ class _Block:
             self.lines.append(f"const {kind} {name} = {expression[0]};" if self.cpp else f"{name} = {expression[0]}")
             expression = (name, _ATOM)
         self.text[node] = expression
+
+    def _full(self, expression: str) -> str:
+        return re.sub(r"\b[^\W\d]\w*", lambda word: self.in_full.get(word[0], word[0]), expression)
+
+    def rounds(self, node: Node) -> str:
+        """What the value of a node is computed by, such that equal texts are equal roundings."""
+        return ast.dump(ast.parse(self._full(self[node]), mode="eval"))
 
     def _name(self, node: Node) -> str:
         base = self.wanted.get(node, "t")
@@ -247,7 +260,7 @@ def emit(cell: Cell) -> str:
         "",
         f"struct {struct_name(cell)} {{",
         f"  static constexpr int {counts};",
-        f"  static constexpr int n_activations = {len(cell.formula.activations)};",
+        f"  static constexpr int n_activations = {len(activations(cell))};",
         f"  static constexpr bool affine = {'true' if cell.affine else 'false'};",
         "",
         *_step_function(cell),
@@ -293,9 +306,37 @@ def _unpack(cell: Cell, names: Mapping[str, str], order: Iterable[Node]) -> list
     return lines
 
 
+@cache
+def activations(cell: Cell) -> tuple[Node, ...]:
+    """Functions of which the new states are made, and that the gradient need not compute if it is told their values.
+
+    Those that take most come first. Of functions that are computed of each other they are the last ones, unless the
+    gradient needs others as well; and step() and gradient() round them alike.
+    """
+    f, names = cell.formula, _cpp_leaf_names(cell)
+    step, gradient = _of_step(cell, names), _of_gradient(cell, names)
+    both = [node for node in topological(f.new_state) if node.op in _COSTLY and node in gradient.text]
+    alike = {node for node in both if step.rounds(node) == gradient.rounds(node)}
+    needed = [node for node in topological(f.gradient.values(), alike) if node in alike]
+    return tuple(sorted(needed, key=lambda node: _COSTLY.index(node.op)))
+
+
+def _of_step(cell: Cell, names: Mapping[str, str]) -> _Block:
+    f = cell.formula
+    return _Block([*f.new_state, f.h], f.names, names, cpp=True, late=cell.state)
+
+
+def _of_gradient(cell: Cell, names: Mapping[str, str], known: Sequence[Node] = ()) -> _Block:
+    f = cell.formula
+    wanted = dict(f.gradient_names)
+    for name in (*cell.gates, *cell.inputs):
+        wanted.setdefault(f.gradient[name], f"d{name}")
+    return _Block(list(f.gradient.values()), wanted, names, cpp=True, fuse_more=True, known=known)
+
+
 def _step_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
-    block = _Block([*f.new_state, f.h], f.names, names, cpp=True, late=cell.state)
+    block = _of_step(cell, names)
     return [
         "  // `activation` gets what gradient() may be told, if it is not null.",
         "  template <class real>",
@@ -306,17 +347,14 @@ def _step_function(cell: Cell) -> list[str]:
         *(f"    {line}" for line in block.lines),
         *(f"    new_state[{i}] = {block[node]};" for i, node in enumerate(f.new_state)),
         f"    *new_h = {block[f.h]};",
-        *(f"    if (activation) activation[{i}] = {block[node]};" for i, node in enumerate(f.activations)),
+        *(f"    if (activation) activation[{i}] = {block[node]};" for i, node in enumerate(activations(cell))),
         "  }",
     ]
 
 
 def _gradient_function(cell: Cell) -> list[str]:
     f, names = cell.formula, _cpp_leaf_names(cell)
-    wanted = dict(f.gradient_names)
-    for name in (*cell.gates, *cell.inputs):
-        wanted.setdefault(f.gradient[name], f"d{name}")
-    block = _Block(list(f.gradient.values()), wanted, names, cpp=True, fuse_more=True, known=f.activations)
+    block = _of_gradient(cell, names, activations(cell))
     used = {node.args[0] for node in block.order if node.op == "input"}
     states = [(adjoint_of(n), f"dnew_state[{i}]") for i, n in enumerate(cell.state)]
     adjoints = [f"{names[n]} = {text}" for n, text in [*states, (ADJOINT_OF_H, "*dnew_h")] if n in used]

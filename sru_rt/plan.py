@@ -34,6 +34,7 @@ from .traffic import ITEMSIZE, reduction_reads_state
 from .variant import Variant
 
 MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
+_USUAL_PIECE = 32  # steps of which a backward recomputes the states, unless it is told otherwise
 _USUALLY_KEPT = 2  # of a forward that keeps every K-th state, whatever K is: its kernel is the same
 
 
@@ -143,7 +144,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     task = Task(
         variant,
         key.forward,
-        min(given.every, _USUALLY_KEPT) if key.forward else given.every,
+        min(given.every, _USUALLY_KEPT) if key.forward else _planned_for(given),
         parallel=key.parallel,
         flags=key.has_mask + key.has_reset,
         pairs=pairs,
@@ -158,6 +159,11 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
     choice = choose(task, at, device.arch, device.multiprocessors)
     own = given.B if _has_own_kernel(variant, key, device, given.B) else 0
     return _overridden(replace(key, **choice._asdict(), B=own), variant, arguments)
+
+
+def _planned_for(given: abi.Given) -> int:
+    """The steps of a piece: of one that is all of a short sequence, those that it usually has."""
+    return given.every if given.every < 2 or given.every < given.L else max(given.every, _USUAL_PIECE)
 
 
 def _decoding(variant: Variant, arguments: abi.Forward) -> Plan:
@@ -206,7 +212,7 @@ def needs_scratch(variant: Variant, every: int) -> bool:
 def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> int:
     """Dynamic shared memory of a block: the states that it recomputes, with rows if they are staged, or the tile."""
     if plan.staged:
-        return plan.threads * plan.width * staged_bytes(variant, every, plan.staged)
+        return plan.threads * plan.width * staged_bytes(variant, every, plan.staged, plan.known)
     if plan.laps:
         return plan.threads * plan.width * ring_bytes(variant, plan.forward, plan.laps)
     states = every * plan.width * state_bytes(variant) if plan.scratch_in_shared else 0
@@ -343,11 +349,12 @@ def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
     """The plan with as many pieces staged as it says, if a block has room for them."""
     held, item = staged(variant), ITEMSIZE[variant.dtype]
     whole_warps = made.d % (32 * made.width) == 0 and layout.reads_multiples(variant, arguments, 16)
-    if not whole_warps or made.threads > PAIRED_THREADS:
+    channels, every = made.threads * made.width, arguments.given.every
+    if not whole_warps or made.threads > PAIRED_THREADS or channels > staged_channels(variant, every, made.staged):
         made = replace(made, staged=1)
-    if made.threads * made.width > staged_channels(variant, arguments.given.every, made.staged):
+    if channels > staged_channels(variant, every, made.staged):
         return replace(made, staged=0)
     copied = 16 // item if whole_warps else max(made.width, 4 // item)
     row = made.width * sum(held.values())
-    known = activations(variant, arguments.given.every) if made.paired else 0
+    known = activations(variant, every, channels) if made.paired else 0
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied, known=known)

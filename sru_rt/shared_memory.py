@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from . import emit
 from .dtypes import state_dtype
 from .traffic import ITEMSIZE, read, summarised
 from .variant import Variant
@@ -16,7 +17,7 @@ from .variant import Variant
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
 LAP = 8  # steps, of rows that are in shared memory
 _PARTS = 4  # of a piece: see cuda/gpu_pair.h
-PAIRED_THREADS = 15 * 32  # that have a partner, at most, as a block has 15 barriers for pairs of warps
+PAIRED_THREADS = 32  # of a block that have a partner each: more pairs would need barriers, of which there are few
 # Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
 # chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
 _TILES = (32, 64, 128)
@@ -48,20 +49,27 @@ def staged(variant: Variant) -> dict[int, int]:
     return dict(enumerate(sizes[: len(sizes) - len(variant.cell.state)]))
 
 
-def staged_bytes(variant: Variant, every: int, pieces: int) -> int:
-    """Of a channel of which `pieces` of `every` steps are staged, with states, and with activations if two are."""
-    known = activations(variant, every) * ITEMSIZE[state_dtype(variant.dtype)] if pieces > 1 else 0
-    return every * pieces * (sum(staged(variant).values()) + state_bytes(variant) + known)
+def staged_bytes(variant: Variant, every: int, pieces: int, known: int = 0) -> int:
+    """Of a channel of which `pieces` of `every` steps are staged, with states and so many activations of each step."""
+    return (
+        every
+        * pieces
+        * (sum(staged(variant).values()) + state_bytes(variant) + known * ITEMSIZE[state_dtype(variant.dtype)])
+    )
 
 
-def activations(variant: Variant, every: int) -> int:
-    """Those of a step for which there is room where two pieces are staged, of the least channels that a block has."""
-    room = SHARED_BYTES // (2 * every * 32) - sum(staged(variant).values()) - state_bytes(variant)
-    return max(0, min(len(variant.cell.formula.activations), room // ITEMSIZE[state_dtype(variant.dtype)]))
+def activations(variant: Variant, every: int, channels: int) -> int:
+    """Those of a step for which a block of so many channels has room where two pieces are staged.
+
+    The same number for all pieces of up to 32 steps, and so on, as it is compiled in.
+    """
+    steps = -(-every // 32) * 32
+    room = SHARED_BYTES // (2 * steps * channels) - staged_bytes(variant, 1, 1)
+    return max(0, min(len(emit.activations(variant.cell)), room // ITEMSIZE[state_dtype(variant.dtype)]))
 
 
 def staged_channels(variant: Variant, every: int, pieces: int) -> int:
-    """Channels of which a block has room for that."""
+    """Channels of which a block has room for that, without activations."""
     return SHARED_BYTES // staged_bytes(variant, every, pieces)
 
 

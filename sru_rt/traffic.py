@@ -6,6 +6,7 @@ from functools import cache
 
 from .cell import ADJOINT_OF_H, Cell
 from .dtypes import state_dtype
+from .emit import activations
 from .graph import Node, topological
 from .variant import Variant
 
@@ -46,9 +47,8 @@ def replayed(variant: Variant) -> list[int]:
 
 def gone_back(variant: Variant, known: int) -> list[int]:
     """Sizes of the gates and inputs of one step that its gradient needs, if so many activations are `known`."""
-    formula = variant.cell.formula
-    results = [node for node in formula.gradient.values() if isinstance(node, Node)]
-    used = {node.args[0] for node in topological(results, {*formula.activations[:known]}) if node.op == "input"}
+    results = [node for node in variant.cell.formula.gradient.values() if isinstance(node, Node)]
+    used = {node.args[0] for node in topological(results, {*activations(variant.cell)[:known]}) if node.op == "input"}
     return [size for name, size in _inputs(variant).items() if name in used]
 
 

@@ -233,10 +233,10 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
     ),
     "paired": (
         FULL["qrnn"] | {"dtype": "bfloat16"},
-        (23, 2, 128),
+        (23, 2, 64),
         1,
         "all",
-        Way("threads=64,width=1,depth=2", save=5),
+        Way("threads=32,width=1,depth=2", save=5),
     ),
     "paired_reverse": (
         FULL["minlstm"] | {"dtype": "float32"},

@@ -38,7 +38,7 @@ from sru_rt import (
 from sru_rt.cell import Array, Cell
 from sru_rt.cells.sru import Options, sru_cell
 from sru_rt.dtypes import IO_DTYPES, state_dtype, to_numpy
-from sru_rt.emit import emit, formula_lines
+from sru_rt.emit import activations, emit, formula_lines
 from sru_rt.errors import StepError
 from sru_rt.graph import LEAVES, Node, evaluate, topological
 from test_graph import TREES, Plain, central_difference, compute
@@ -194,6 +194,10 @@ def test_sigmoid_of_a_difference_of_softpluses_is_one_function(backend):
         )
 
 
+def ops_of_activations(step: Callable[..., Any], **kinds: str) -> list[str]:
+    return [node.op for node in activations(own_cell(step, state="c", **kinds))]
+
+
 def test_activations_are_what_state_and_gradient_have_in_common():
     """The outermost functions, those that take most first; not of h, and not what no derivative needs."""
 
@@ -202,14 +206,36 @@ def test_activations_are_what_state_and_gradient_have_in_common():
         c = rate * c + tanh(n) + relu(a)
         return c, tanh(c) * sqrt(n)
 
-    formula = own_cell(step, gates="a n e", state="c").formula
-    assert [node.op for node in formula.activations] == ["tanh", "softplus", "sigmoid", "exp"]
-    last = own_cell(lambda a, c: (c + exp(sigmoid(a)), c), gates="a", state="c").formula  # exp(s) * s * (1 - s)
-    assert [node.op for node in last.activations] == ["sigmoid", "exp"]
-    outermost = own_cell(lambda a, b, c: (sigmoid(tanh(a) * b) * c, c), gates="b", params="a", state="c").formula
-    assert [node.op for node in outermost.activations] == ["tanh", "sigmoid"]
+    assert ops_of_activations(step, gates="a n e") == ["tanh", "softplus", "sigmoid", "exp"]
+    assert ops_of_activations(lambda a, c: (c + exp(sigmoid(a)), c), gates="a") == ["sigmoid", "exp"]
+    outermost = ops_of_activations(lambda a, b, c: (sigmoid(tanh(a) * b) * c, c), gates="b", params="a")
+    assert outermost == ["tanh", "sigmoid"]
     unused = own_cell(lambda a, c: (c + a, sigmoid(a)), gates="a", state="c")
-    assert unused.formula.activations == () and "n_activations = 0;" in emit(unused)
+    assert activations(unused) == () and "n_activations = 0;" in emit(unused)
+
+
+def named_product(u, f, v, c):
+    p = v * c
+    f = sigmoid(f + p)
+    return f * c + (1 - f) * u, c
+
+
+def product_of_two_uses(u, f, o, v, c):
+    f = sigmoid(f + v * c)
+    new = f * c + (1 - f) * u
+    return new, new + v * c + o
+
+
+def test_activations_are_rounded_alike_in_step_and_gradient():
+    """Where the one has a product in a sum as fma() and the other has not, the gradient computes its own."""
+    assert ops_of_activations(named_product, gates="u f", params="v") == []
+    assert ops_of_activations(product_of_two_uses, gates="u f o", params="v") == []
+
+    def differs(u, f, v, c):
+        z, f = tanh(u), sigmoid(f + v * c)
+        return f * c + (1 - f) * z, c
+
+    assert ops_of_activations(differs, gates="u f", params="v") == ["tanh", "sigmoid"]
 
 
 @pytest.mark.parametrize("options", [Options(), Options(v="inputs", dropout=True), Options(activation="tanh")])

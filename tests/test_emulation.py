@@ -679,34 +679,6 @@ extern "C" __global__ void kernel(int *out) {
         assert out.tolist() == [*range(63, -1, -1)]
 
 
-PAIRS = """#include "ptx.h"
-extern "C" __global__ void kernel(int *out, int number) {
-  __shared__ int mine[128];
-  const int partner = (threadIdx.x + 64) % 128;
-  for (int round = 0; round < 3; round++) {
-    mine[threadIdx.x] = 1000 * round + threadIdx.x;
-    meet_warp(number + threadIdx.x % 64 / 32);
-    out[128 * round + threadIdx.x] = mine[partner];
-    meet_warp(number + threadIdx.x % 64 / 32);
-  }
-}
-"""
-
-
-def test_barriers_of_two_warps():
-    """Each pair has one of its own, and meets again and again; a warp that nobody meets is a deadlock."""
-    kernel = emulator.Module(PAIRS, [source.cuda_dir()], mode="plain").get_function("kernel")
-    for order in ORDERS:
-        out = np.zeros(3 * 128, np.int32)
-        kernel((1,), (128,), (pointer(out), np.int32(3)), order=order)
-        assert out.tolist() == [1000 * n + (i + 64) % 128 for n in range(3) for i in range(128)]
-    with pytest.raises(RuntimeError, match=r"deadlock.* 32 threads wait at barrier 4 such as"):
-        kernel((1,), (96,), (pointer(out), np.int32(3)))
-    for number, missing in (0, 0), (15, 16):
-        with pytest.raises(RuntimeError, match=f"there is no barrier {missing}; they are numbered from 1 to 15"):
-            kernel((1,), (128,), (pointer(out), np.int32(number)))
-
-
 def converted(expression: str, x: np.ndarray, kind: str, to: str, to_dtype: str) -> np.ndarray:
     out = np.zeros(len(x), to_dtype)
     text = f"""

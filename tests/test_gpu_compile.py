@@ -180,7 +180,7 @@ def test_kernels_compile_and_nothing_spills(major, arch):
         for kernel, used in found.items():
             n += 1
             aside = kernel.startswith("sum_") or kernel == "clear"
-            threads = 256 if aside else made.threads
+            threads = 256 if aside else made.block
             shared = used.shared + (0 if aside else dynamic)
             if used.spill_stores or used.spill_loads or used.stack:
                 faults.append(f"{row}: {kernel} spills: {used}, plan {made}")

@@ -370,10 +370,24 @@ def test_rows_are_staged(dtype, held, row, known):
     assert p.depth == p.replay_depth == 8
 
 
-@pytest.mark.parametrize("every, known", [(2, 2), (32, 2), (38, 2), (39, 1), (48, 1), (49, 0), (64, 0)])
+@pytest.mark.parametrize("every, known", [(2, 2), (31, 2), (32, 2), (33, 0), (64, 0)])
 def test_activations_are_kept_where_there_is_room(every, known):
+    """In pieces of 32 steps, or of twice as many, for shorter ones, too."""
     p = made("bfloat16", cell=CELLS["qrnn"], forward=False, every=every)
     assert (p.staged, p.known) == (2, known)
+
+
+def test_wider_blocks_have_room_for_fewer_activations(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "width=2")
+    p = made("bfloat16", cell=CELLS["mingru_positive"], forward=False, every=32)
+    assert (p.staged, p.width, p.known) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_short_sequences_have_the_kernel_of_long_ones(dtype):
+    """Layers keep no more states than there are steps, and L compiles nothing."""
+    plans = {made(dtype, (L, 16, 1, 1024), forward=False, every=min(L, 32)) for L in range(2, 40)}
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("every, depth", [(2, 1), (5, 2), (8, 2), (16, 4), (28, 7), (29, 8), (32, 8), (64, 8)])
@@ -383,12 +397,10 @@ def test_pairs_meet_in_a_piece(every, depth):
     assert (p.staged, p.depth, p.replay_depth) == (2, depth, depth)
 
 
-def test_more_threads_than_there_are_barriers_for(monkeypatch):
-    monkeypatch.setenv("SRU_RT_PLAN", "threads=480,width=1,staged=2")
-    paired = made("bfloat16", cell=CELLS["mingru"], forward=False, every=2)
-    monkeypatch.setenv("SRU_RT_PLAN", "threads=512,width=1,staged=2")
-    single = made("bfloat16", cell=CELLS["mingru"], forward=False, every=2)
-    assert (paired.staged, paired.block, single.staged, single.block) == (2, 960, 1, 512)
+def test_a_block_is_one_pair(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "threads=64,width=1,staged=2")
+    p = made("bfloat16", cell=CELLS["mingru"], forward=False, every=8)
+    assert (p.staged, p.block) == (1, 64)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +477,7 @@ def test_every_array_counts_for_copies(name):
     assert (p.staged, p.copied) == (1, 1)
 
 
-@pytest.mark.parametrize("text, staged", [("staged=0", 0), ("staged=1", 1), ("staged=2", 2), ("threads=64", 0)])
+@pytest.mark.parametrize("text, staged", [("staged=0", 0), ("staged=1", 1), ("staged=2", 2), ("threads=64", 1)])
 def test_override_of_staging(text, staged, monkeypatch):
     monkeypatch.setenv("SRU_RT_PLAN", text)
     p = made(**RECOMPUTED)

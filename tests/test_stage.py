@@ -16,6 +16,7 @@ from gpu_places import Place, Result, judge, random_problem, run, same
 from planted import plant
 from problems import CELLS, DTYPES, FULL, LAYOUTS, Problem
 from sru_rt import plan
+from test_emit import named_product, product_of_two_uses
 
 pytestmark = pytest.mark.kernels
 
@@ -109,13 +110,13 @@ def test_inputs_in_either_dtype(place, width, d, wide, monkeypatch, plans):
 @pytest.mark.parametrize("cell", ["qrnn", "minlstm", "mingru"])
 @pytest.mark.parametrize("every", [8, 32, 33, 36])
 def test_pieces_of_several_parts(place, cell, every, monkeypatch, plans):
-    """Of one lap and more; with sequences of all lengths up to four pieces, and room for all activations or some."""
+    """Of one lap and more; with sequences of all lengths up to four pieces, and room for all activations or none."""
     options = FULL[cell] | {"dtype": "bfloat16"} | ({"zoneout": "none"} if cell == "qrnn" else {})
     problem = Problem.make(options, (4 * every + 3, 7, 64), 2, "lengths")
     judge(problem, both_ways(place, monkeypatch, problem, "threads=32,width=1", (0, 4, 7), save=every)[2, 7])
     paired = [made for made in plans if made.staged == 2]
     assert paired and all((made.depth, made.block) == (min(8, every // 4), 64) for made in paired)
-    assert {made.known for made in paired} == {2 if cell == "qrnn" and every < 36 else 1}
+    assert {made.known for made in paired} == {0 if every > 32 else 2 if cell == "qrnn" else 1}
 
 
 def many_functions(a, b, e, p, s):
@@ -126,7 +127,7 @@ def many_functions(a, b, e, p, s):
 
 @pytest.mark.parametrize("every", [4, 32])
 def test_activations_of_a_cell_of_ones_own(place, every, monkeypatch, plans):
-    """All kinds of function, nested and in branches, of which there is room for all six, or three."""
+    """All kinds of function, nested and in branches, of which there is room for three."""
     cell = sru_rt.cell(gates="a b e", state="s", params="p")(many_functions)
     rng = np.random.default_rng(every)
     u, p = (rng.normal(size=shape).astype(np.float16) for shape in ((41, 3, 1, 3, 64), (1, 1, 64)))
@@ -139,7 +140,24 @@ def test_activations_of_a_cell_of_ones_own(place, every, monkeypatch, plans):
         found = place.get((h, gradients.u, gradients.params))
         bits[text] = [a.tobytes() for a in found]
     assert bits["staged=0"] == bits["staged=1"] == bits["staged=2"]
-    assert [(made.staged, made.known) for made in plans] == [(0, 0), (1, 0), (2, 3 if every == 32 else 6)]
+    assert [(made.staged, made.known) for made in plans] == [(0, 0), (1, 0), (2, 3)]
+
+
+@pytest.mark.parametrize("cell", [named_product, product_of_two_uses])
+def test_an_activation_that_the_gradient_would_round_otherwise(place, cell, monkeypatch, plans):
+    """No plan and no memory policy changes a bit of float32."""
+    gates = "u f o" if cell is product_of_two_uses else "u f"
+    own = sru_rt.cell(gates=gates, state="c", params="v")(cell)
+    rng = np.random.default_rng(1)
+    u, v = (rng.normal(size=shape).astype(np.float32) for shape in ((37, 2, 1, len(gates.split()), 32), (1, 1, 32)))
+    dh = rng.normal(size=(37, 2, 32)).astype(np.float32)
+    bits = set()
+    for text, every in ("", True), ("staged=0", 8), ("staged=1", 8), ("staged=2", 8):
+        monkeypatch.setenv("SRU_RT_PLAN", text)
+        _, _, saved = own.recurrence(*place.put((u, v)), save=every)
+        gradients = own.backward(saved, place.put(dh))
+        bits.add(tuple(a.tobytes() for a in place.get((gradients.u, gradients.params))))
+    assert len(bits) == 1 and [made.staged for made in plans] == [0, 0, 1, 2]
 
 
 def test_after_a_forward_in_chunks(place, monkeypatch, plans):
@@ -195,11 +213,10 @@ PLANTED_IN_PAIRS = {
     "wait for one part too few": ("cp_async_wait<parts - 1>();", "cp_async_wait<parts>();"),
     "do not wait for the neighbour's copies": ("        Stage::meet();\n", ""),
     "copy before the partner is done": (
-        "        meet_partner();\n        copies.part(of_part);",
-        "        copies.part(of_part);\n        meet_partner();",
+        "        ::meet();  // the partner\n        copies.part(of_part);",
+        "        copies.part(of_part);\n        ::meet();",
     ),
     "go back before the partner has come to the first piece": ("i < 2 * parts", "i < parts"),
-    "meet once too often": ("if (piece.steps()) meet_partner();", "meet_partner();"),
     "lie in the same order always": ("k / 2 % 2", "k / 2 % 1"),
     "lie in the wrong place": ("k + 3)", "k + 1)"),
     "copy rows beyond a lap": ("smaller(lap, this->left)", "this->left"),
@@ -211,7 +228,6 @@ PLANTED_IN_PAIRS = {
         "const bool found = (threadIdx.x >= Plan::threads) != (*turned != 0);",
         "const bool found = 1;",
     ),
-    "meet another pair": ("1 + Sweep::thread() / 32", "1 + Sweep::thread() / 64"),
 }
 
 
@@ -223,7 +239,7 @@ def test_a_bug_planted_in_pairs_is_found(place, bug, tmp_path, monkeypatch):
     problem = Problem.make(FULL["sru"] | {"dtype": "bfloat16"}, (65, 3, 128), 1, "all")
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA_ERROR|differ in"):
         for depth, every in (2, 9), (3, 8):
-            both_ways(place, monkeypatch, problem, f"width=2,depth={depth},threads=64", ORDERS[4:], save=every)
+            both_ways(place, monkeypatch, problem, f"width=2,depth={depth},threads=32", ORDERS[4:], save=every)
 
 
 @pytest.mark.slow

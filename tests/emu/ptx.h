@@ -56,7 +56,6 @@ SRU_PTX void let_the_next_kernel_begin() {}
 // A barrier that has no line of its own
 
 SRU_PTX void meet() { emu::barrier({"barrier.sync", 0}, false); }
-SRU_PTX void meet_warp(int number, EMU_SITE) { emu::barrier_of_two_warps(site, number); }
 SRU_PTX int place_of_warp() { return emu::place_of_warp(); }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ constexpr int idle_passes_allowed = 10000;
 // between it may exchange what the lanes have seen.
 constexpr int runs_of_a_wait = 8;
 
-enum class State { ready, at_barrier, at_numbered_barrier, at_exchange, done };
+enum class State { ready, at_barrier, at_exchange, done };
 
 struct Block;
 
@@ -44,9 +44,8 @@ struct Thread {
   uint3 index{};
   int number = 0;
   State state = State::done;
-  Site site{};      // where it waits, or waited last
-  int runs = 0;     // since its last __nanosleep(), or many
-  int barrier = 0;  // the number of the one at which it waits
+  Site site{};   // where it waits, or waited last
+  int runs = 0;  // since its last __nanosleep(), or many
 
   // The warp operation that it takes part in.
   WarpCall call{};
@@ -71,13 +70,6 @@ struct WarpOrder {
   long object[2];
 };
 
-// A barrier of two warps. It orders memory by two objects in turn, as above.
-struct NumberedBarrier {
-  int waiting;
-  unsigned int generation;
-  long order[2];
-};
-
 struct SharedVariable {
   const void *key;
   const char *name;
@@ -95,7 +87,6 @@ struct Block {
   Votes votes{};
   long barrier_order[2]{};
   std::deque<WarpOrder> warp_orders;
-  NumberedBarrier numbered[16]{};
 
   char *arena = map_memory(arena_bytes);
   size_t used = 0, shared_bytes = 0;
@@ -441,7 +432,6 @@ void run_block(Block *b, Pass &pass) {
 
 std::string what_it_waits_for(const Thread &t) {
   if (t.state == State::at_barrier) return "__syncthreads";
-  if (t.state == State::at_numbered_barrier) return "barrier " + std::to_string(t.barrier);
   unsigned int missing = 0;
   for (int lane = 0; lane < warp_size; lane++)
     if (names(t.call.mask, lane)) {
@@ -609,25 +599,6 @@ Votes barrier(Site site, bool predicate) {
   wait(mine);
   acquire(order);
   return b->votes;
-}
-
-void barrier_of_two_warps(Site site, int number) {
-  Thread *mine = launching.current;
-  if (number < 1 || number > 15) fail(site, "there is no barrier %d; they are numbered from 1 to 15", number);
-  NumberedBarrier &at = mine->block->numbered[number];
-  long *order = &at.order[at.generation & 1];
-  release(order);
-  mine->site = site;
-  mine->state = State::at_numbered_barrier;
-  mine->barrier = number;
-  if (++at.waiting == 2 * warp_size) {
-    at.waiting = 0;
-    at.generation++;
-    for (Thread *t : mine->block->threads)
-      if (t->state == State::at_numbered_barrier && t->barrier == number) t->state = State::ready;
-  }
-  wait(mine);
-  acquire(order);
 }
 
 int place_of_warp() {

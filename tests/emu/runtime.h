@@ -46,8 +46,6 @@ struct Votes {
 };
 Votes barrier(Site, bool predicate);
 
-// Waits until 64 threads of the block have come to the barrier of this number, from 1 to 15.
-void barrier_of_two_warps(Site, int number);
 int place_of_warp();  // in a multiprocessor; another one with another order
 
 // Waits for the lanes of `mask`. What each gives as `value` (`bytes` of it, at most 16) another gets as `result`.
