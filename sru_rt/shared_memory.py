@@ -51,11 +51,8 @@ def staged(variant: Variant) -> dict[int, int]:
 
 def staged_bytes(variant: Variant, every: int, pieces: int, known: int = 0) -> int:
     """Of a channel of which `pieces` of `every` steps are staged, with states and so many activations of each step."""
-    return (
-        every
-        * pieces
-        * (sum(staged(variant).values()) + state_bytes(variant) + known * ITEMSIZE[state_dtype(variant.dtype)])
-    )
+    step = sum(staged(variant).values()) + state_bytes(variant) + known * ITEMSIZE[state_dtype(variant.dtype)]
+    return every * pieces * step
 
 
 def activations(variant: Variant, every: int, channels: int) -> int:
