@@ -44,7 +44,7 @@ class Kernel:
         p = self.plan
         kept = ("", "state kept", "some states kept")[p.keep]
         flags = {"mask": p.has_mask, "reset": p.has_reset, "scratch in shared memory": p.scratch_in_shared}
-        flags |= {"rows staged there": p.staged > 0, "ring there": p.laps > 0}
+        flags |= {"rows staged there": p.staged > 0, "by pairs of warps": p.paired, "ring there": p.laps > 0}
         flags |= {"parallel over time": p.parallel, "after one that is": p.saved_in_chunks}
         flags |= {f"forms U, d_in={p.d_in}": p.d_in > 0}
         if p.input_strides and not (p.forward or p.wants_inputs):
@@ -53,7 +53,7 @@ class Kernel:
         return (
             f"sm_{self.arch} {_describe(self.variant)} D={p.D} d={p.d} B={p.B or 'any'} "
             f"{'forward' if p.forward else 'backward'}{f' ({options})' if options else ''}: "
-            f"width {p.width}, depth {p.depth}, {p.threads} threads"
+            f"width {p.width}, depth {p.depth}, {p.block} threads"
         )
 
 

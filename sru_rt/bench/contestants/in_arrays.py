@@ -35,6 +35,7 @@ def plan_of(problem: Problem, which: str, gpu: Device) -> str:
     ahead = shared_memory.ahead(made.forward, made.laps) if made.laps else made.depth
     text = f"{made.width} x {made.threads} threads, {ahead} ahead"
     text += ", through shared memory" if made.laps or made.staged else ""
+    text += ", pairs of warps" if made.paired else ""
     return text + ", in parallel over time" if made.parallel else text
 
 
