@@ -45,9 +45,8 @@ struct GpuPair {
     int stride;
     Scratch states;
 
-    template <bool reverse>
-    SRU_MEMBER Place(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &, int k)
-        : states(f, at, reverse, 0, 2 * step_bytes) {
+    SRU_MEMBER Place(const BackwardArguments<Cell> &f, const Part &at, int q, int k)
+        : states(f, at, q, 0, 2 * step_bytes) {
       extern __shared__ __align__(16) unsigned char sru_shared[];
       const int every = int(f.given.every), half = k % 2;
       const bool mirrored = k / 2 % 2;
@@ -89,13 +88,13 @@ struct GpuPair {
     typename Sweep::template Pack<Saved> state[Cell::n_state] = {};
     Flags flags = {};
     for (int k = 0; piece.steps() + next.steps(); k++) {
-      const Place here(f, at, span, k + 3);  // that of piece k - 1
+      const Place here(f, at, reverse, k + 3);  // that of piece k - 1
       typename Sweep::Replay replay = {fixed, here.states};
       for (int i = 0; i < Cell::n_state; i++) replay.state[i] = widen(state[i]);
       const Marks marks(flags);
       if (next.steps()) next.read(f, offset, state);
       flags.read(f.given, at, span, next);
-      Copies<reverse> copies(f, at, span, next, Place(f, at, span, k));
+      Copies<reverse> copies(f, at, span, next, Place(f, at, reverse, k));
       typename Stage::Forwards rows = {here.first, here.stride, marks, 0};
       int left = piece.steps();
 #pragma unroll 1
@@ -121,7 +120,7 @@ struct GpuPair {
 #pragma unroll 1
     for (int i = 0; piece.steps() && i < 2 * parts; i++) ::meet();  // the other one is at the first piece
     for (int k = 0; int left = piece.steps(); k++) {
-      const Place here(f, at, span, k);
+      const Place here(f, at, reverse, k);
       const Marks marks(flags);
       work.start(f, at, span.time(piece.last - 1));
       piece = all.next();

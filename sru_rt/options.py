@@ -11,10 +11,7 @@ import numpy as np
 from .check import Check
 from .dtypes import state_dtype
 from .library import Library, NDArray
-
-# Steps between kept states where the user leaves it to us: long enough that they weigh little beside x and h, short
-# enough that a recomputed piece stays in the cache.
-_DEFAULT_EVERY = 32
+from .traffic import USUAL_EVERY
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def memory_policy(check: Check, save: Any) -> int:
     if save is False or save is None:
         return 0
     if isinstance(save, str) and save == "x":
-        return _DEFAULT_EVERY
+        return USUAL_EVERY
     if isinstance(save, (bool, int, np.integer)) and save >= 1:
         return int(save)
     raise check.error("save", f"must be False, True, a number K >= 1 of steps, or 'x' (got {save!r})")

@@ -30,11 +30,10 @@ from .shared_memory import (
     tile_steps,
     tile_threads,
 )
-from .traffic import ITEMSIZE, reduction_reads_state
+from .traffic import ITEMSIZE, USUAL_EVERY, reduction_reads_state
 from .variant import Variant
 
 MAX_BATCHES = 8  # batch sizes of one layer that get a kernel of their own
-_USUAL_PIECE = 32  # steps of which a backward recomputes the states, unless it is told otherwise
 _USUALLY_KEPT = 2  # of a forward that keeps every K-th state, whatever K is: its kernel is the same
 
 
@@ -163,7 +162,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
 
 def _planned_for(given: abi.Given) -> int:
     """The steps of a piece: of one that is all of a short sequence, those that it usually has."""
-    return given.every if given.every < 2 or given.every < given.L else max(given.every, _USUAL_PIECE)
+    return given.every if given.every < 2 or given.every < given.L else max(given.every, USUAL_EVERY)
 
 
 def _decoding(variant: Variant, arguments: abi.Forward) -> Plan:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from . import emit
 from .dtypes import state_dtype
-from .traffic import ITEMSIZE, read, summarised
+from .traffic import ITEMSIZE, USUAL_EVERY, read, summarised
 from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
@@ -58,9 +58,9 @@ def staged_bytes(variant: Variant, every: int, pieces: int, known: int = 0) -> i
 def activations(variant: Variant, every: int, channels: int) -> int:
     """Those of a step for which a block of so many channels has room where two pieces are staged.
 
-    The same number for all pieces of up to 32 steps, and so on, as it is compiled in.
+    The same number for all pieces of up to `USUAL_EVERY` steps, and so on, as it is compiled in.
     """
-    steps = -(-every // 32) * 32
+    steps = -(-every // USUAL_EVERY) * USUAL_EVERY
     room = SHARED_BYTES // (2 * steps * channels) - staged_bytes(variant, 1, 1)
     return max(0, min(len(emit.activations(variant.cell)), room // ITEMSIZE[state_dtype(variant.dtype)]))
 

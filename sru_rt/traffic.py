@@ -6,10 +6,12 @@ from functools import cache
 
 from .cell import ADJOINT_OF_H, Cell
 from .dtypes import state_dtype
-from .emit import activations
-from .graph import Node, topological
+from .graph import topological
 from .variant import Variant
 
+# Steps between kept states where the user leaves it to us: long enough that they weigh little beside x and h, short
+# enough that a recomputed piece stays in the cache, or in the shared memory of a GPU's block.
+USUAL_EVERY = 32
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -42,13 +44,6 @@ def replayed(variant: Variant) -> list[int]:
     """Sizes of what one step reads of which only the new state is wanted."""
     nodes = topological(variant.cell.formula.new_state)
     used = {node.args[0] for node in nodes if node.op == "input"}
-    return [size for name, size in _inputs(variant).items() if name in used]
-
-
-def gone_back(variant: Variant, known: int) -> list[int]:
-    """Sizes of the gates and inputs of one step that its gradient needs, if so many activations are `known`."""
-    results = [node for node in variant.cell.formula.gradient.values() if isinstance(node, Node)]
-    used = {node.args[0] for node in topological(results, {*activations(variant.cell)[:known]}) if node.op == "input"}
     return [size for name, size in _inputs(variant).items() if name in used]
 
 

@@ -28,8 +28,10 @@ from sru_rt import choose, compile_gpu, costs, machine, plan, predict
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
 from sru_rt.dtypes import state_dtype
+from sru_rt.emit import activations
+from sru_rt.graph import topological
 from sru_rt.shared_memory import at_once, chunk_of_tile
-from sru_rt.traffic import gone_back, moved, reduced, replayed
+from sru_rt.traffic import moved, reduced, replayed
 from sru_rt.variant import Variant
 
 RECORD = ROOT / "tests" / "gpu_budget.json"
@@ -217,7 +219,7 @@ def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, fl
     inputs = len(variant.cell.gates) + len(variant.cell.inputs)
     of_replay = len(replayed(variant))
     if made.staged:
-        of_row = len(gone_back(variant, made.known)) + 1 + len(variant.cell.state) + made.known
+        of_row = _gone_back(variant.cell, made.known) + 1 + len(variant.cell.state) + made.known
         found = [(made.depth, of_row, "LDS"), (made.replay_depth, of_replay, "LDS")]
         copies = made.in_tile.bit_count() * made.width / made.copied
         return [*found, (made.depth, copies, "LDGSTS")] if made.paired else found
@@ -234,6 +236,13 @@ def sweeps(variant: Variant, made: plan.Plan, kernel: str) -> list[tuple[int, fl
     if kernel == "settle":  # the latter as follow_depth of cuda/gpu_shoot.h has it
         found = [(made.replay_depth, inputs, "LDG"), (16, 2, "LDG")]
     return found
+
+
+def _gone_back(cell: Cell, known: int) -> int:
+    """Gates and inputs that a gradient needs, if so many activations are known."""
+    nodes = topological(cell.formula.gradient.values(), {*activations(cell)[:known]})
+    used = {node.args[0] for node in nodes if node.op == "input"}
+    return sum(name in used for name in (*cell.gates, *cell.inputs))
 
 
 def measured(wanted: list[Entry]) -> dict[str, dict[str, Any]]:
