@@ -20,21 +20,29 @@ SRU_PTX float reciprocal_approx(float x) {  // one unit in the last place
 
 // ------------------------------------------------------------------------------------------------------------------
 // Loads of what no thread writes and no other reads, past the first-level cache; and stores of what is not read again
-// soon.
+// soon. What lies beside a line, other warps read soon: it is fetched with it, so that memory is asked for more at
+// once.
 
-#define SRU_LOAD_ONCE(type, suffix, constraint)                                                                      \
-  SRU_PTX type load_once(const type *p) {                                                                            \
-    type a;                                                                                                          \
-    asm("ld.global.nc.L1::no_allocate." suffix " %0, [%1];" : "=" constraint(a) : "l"(__cvta_generic_to_global(p))); \
-    return a;                                                                                                        \
+#if __CUDA_ARCH__ >= 800
+#define SRU_WITH_NEIGHBOURS ".L2::256B"
+#else
+#define SRU_WITH_NEIGHBOURS ""
+#endif
+#define SRU_LOAD_ONCE(type, suffix, constraint)                                    \
+  SRU_PTX type load_once(const type *p) {                                          \
+    type a;                                                                        \
+    asm("ld.global.nc.L1::no_allocate" SRU_WITH_NEIGHBOURS "." suffix " %0, [%1];" \
+        : "=" constraint(a)                                                        \
+        : "l"(__cvta_generic_to_global(p)));                                       \
+    return a;                                                                      \
   }
-#define SRU_LOAD_ONCE_2(type, suffix, constraint)                    \
-  SRU_PTX type load_once(const type *p) {                            \
-    type a;                                                          \
-    asm("ld.global.nc.L1::no_allocate.v2." suffix " {%0, %1}, [%2];" \
-        : "=" constraint(a.x), "=" constraint(a.y)                   \
-        : "l"(__cvta_generic_to_global(p)));                         \
-    return a;                                                        \
+#define SRU_LOAD_ONCE_2(type, suffix, constraint)                                           \
+  SRU_PTX type load_once(const type *p) {                                                   \
+    type a;                                                                                 \
+    asm("ld.global.nc.L1::no_allocate" SRU_WITH_NEIGHBOURS ".v2." suffix " {%0, %1}, [%2];" \
+        : "=" constraint(a.x), "=" constraint(a.y)                                          \
+        : "l"(__cvta_generic_to_global(p)));                                                \
+    return a;                                                                               \
   }
 #define SRU_STORE_ONCE(type, suffix, constraint)                                                                    \
   SRU_PTX void store_once(type *p, type a) {                                                                        \
@@ -128,12 +136,12 @@ SRU_PTX void let_the_next_kernel_begin() {}
 // multiples of the bytes. Those started since the last cp_async_commit() are a group; cp_async_wait() waits for all of
 // the thread's groups but the last few.
 
-#define SRU_CP_ASYNC(bytes, cache)                                      \
-  SRU_PTX void cp_async_##bytes(void *shared, const void *global) {     \
-    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #bytes \
-                 ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)), \
-                 "l"(__cvta_generic_to_global(global))                  \
-                 : "memory");                                           \
+#define SRU_CP_ASYNC(bytes, cache)                                                             \
+  SRU_PTX void cp_async_##bytes(void *shared, const void *global) {                            \
+    asm volatile("cp.async." cache ".shared.global" SRU_WITH_NEIGHBOURS " [%0], [%1], " #bytes \
+                 ";" ::"r"((unsigned)__cvta_generic_to_shared(shared)),                        \
+                 "l"(__cvta_generic_to_global(global))                                         \
+                 : "memory");                                                                  \
   }
 SRU_CP_ASYNC(4, "ca")
 SRU_CP_ASYNC(8, "ca")
