@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sru_rt import chunks, costs, decode, machine, one_launch, overrides, plan, predict, small
+from sru_rt import chunks, costs, decode, machine, one_launch, plan, predict, small
 from sru_rt.bench import problem as bench
 from sru_rt.cell import Cell
 from sru_rt.cells import named_cells
@@ -64,7 +64,8 @@ class Case(NamedTuple):
 
     @property
     def task(self) -> Task:
-        in_shared = not self.forward and self.every > 1 and not plan.needs_scratch(self.variant, self.every)
+        recomputes = not self.forward and self.every > 1
+        in_shared = recomputes and not plan.needs_scratch(self.variant, self.every)
         pairs = ITEMSIZE[self.dtype] == 2 and self.d % 2 == 0
         return Task(
             self.variant,
@@ -74,18 +75,18 @@ class Case(NamedTuple):
             one_step=self.L == 1,
             in_shared=in_shared,
             laps=LAPS if plan.by_warps(self.dtype, self.d) else (0,),
-            most_staged=2 if not self.forward and self.every > 1 and (pairs or ITEMSIZE[self.dtype] > 2) else 0,
-            one_kernel=overrides.in_one_kernel(overrides.read()),
+            staged=(0, 1, 2, 3) if recomputes and (pairs or ITEMSIZE[self.dtype] > 2) else (0,),
         )
 
     def kernels(self, card: Machine) -> tuple[int, list[predict.Time]]:
         """Steps of a chunk, 0 if time is not cut, and the times of the pass's kernels."""
         row, at = self.D * self.d, self.B * self.D * self.d / card.multiprocessors
         sizes = self.L, self.B, self.D, self.d
+        task = self.task._replace(one_kernel=plan.in_one_kernel(self.variant, self.forward, card.device))
         cut = chunks.length(self.variant, sizes, self.forward, self.time_parallel, card.device)
         if cut:
-            return cut, list(chunks.in_chunks(self.task, self.L, cut, row, at, card.device))
-        return 0, list(chunks.sequential(self.task, self.L, row, at, card.device))
+            return cut, list(chunks.in_chunks(task, self.L, cut, row, at, card.device))
+        return 0, list(chunks.sequential(task, self.L, row, at, card.device))
 
     def bytes(self) -> float:
         return sum(moved(self.variant, self.forward, self.every)) * self.L * self.B * self.D * self.d

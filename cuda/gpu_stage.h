@@ -82,26 +82,32 @@ struct GpuStage {
     }
   }
 
-  // Copies the rows of a piece, first or last row first, to `to` and every `stride` bytes from there on.
+  // Copies the rows of one piece after another, first or last row first.
   template <bool reverse, bool first_first>
   struct Copies {
     static constexpr bool upwards = first_first != reverse;  // in time
     typename Sweep::template Reader<reverse, upwards> from;
     const Io *dh;
     unsigned char *to;
-    index_t dh_step;
+    index_t dh_step, step;  // `step` of the direction is the next row, of which this thread copies one behind it
     int stride, left;
 
-    SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece,
-                      unsigned char *to, int stride)
-        : from(f.given, copied_by(at),
-               span.time(first_first ? piece.first + row_of_mine() : piece.last - 1 - row_of_mine())),
-          to(to + row_of_mine() * stride),
-          stride(stride),
-          left(piece.steps()) {
-      const index_t step = Sweep::batch(f.given) * Plan::D * Plan::d;
-      dh = (const Io *)f.dh + from.t * step + at.row(reverse) * Plan::d + copied_by(at).j;
-      dh_step = upwards ? step : -step;
+    SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece)
+        : from(f.given, copied_by(at), span.time(first_of(piece) + (first_first ? row_of_mine() : -row_of_mine()))),
+          step(first_of(piece)) {
+      const index_t rows = Sweep::batch(f.given) * Plan::D * Plan::d;
+      dh = (const Io *)f.dh + from.t * rows + at.row(reverse) * Plan::d + copied_by(at).j;
+      dh_step = upwards ? rows : -rows;
+    }
+    SRU_FN index_t first_of(const Piece &piece) { return first_first ? piece.first : piece.last - 1; }
+
+    // Goes to a piece, whose rows are to lie at `at` and every `apart` bytes from there on.
+    SRU_MEMBER void begin(const Piece &piece, unsigned char *at, int apart) {
+      const index_t first = first_of(piece);
+      advance(first_first ? first - step : step - first);
+      to = at + row_of_mine() * apart;
+      stride = apart;
+      left = piece.steps();
     }
 
     SRU_MEMBER void row(int k) const {
@@ -126,11 +132,12 @@ struct GpuStage {
         advance(rows);
       }
     }
-    SRU_MEMBER void advance(int steps) {
+    SRU_MEMBER void advance(index_t steps) {
       from.advance(steps);
       dh += steps * dh_step;
       to += steps * stride;
       left -= steps;
+      step += first_first ? steps : -steps;
     }
   };
 
@@ -258,7 +265,9 @@ struct GpuStage {
     const index_t offset = at.row(reverse) * Plan::d + at.j;
     typename Sweep::template Pieces<reverse> all(f, span);
     Piece piece = all.next();
-    Copies<reverse, false>(f, at, span, piece, sru_shared, step_bytes).others();
+    Copies<reverse, false> copies(f, at, span, piece);
+    copies.begin(piece, sru_shared, step_bytes);
+    copies.others();
     cp_async_commit();
     typename Sweep::template Pack<Saved> state[Cell::n_state];
     Flags flags;
@@ -273,11 +282,10 @@ struct GpuStage {
       Forwards forwards = {sru_shared + (steps - 1) * step_bytes, -step_bytes, marks, 0};
       sweep<Plan::replay_depth>(forwards, steps, replay, [] {});
 
-      work.start(f, at, span.time(piece.last - 1));
       piece = all.next();
       if (piece.steps()) piece.read(f, offset, state);
       flags.read(f.given, at, span, piece);
-      Copies<reverse, false> copies(f, at, span, piece, sru_shared, step_bytes);
+      copies.begin(piece, sru_shared, step_bytes);
       Backwards backwards(sru_shared, step_bytes, scratch, marks, steps);
       sweep<Plan::depth>(backwards, steps, work, [&copies] {
         meet();

@@ -30,7 +30,7 @@ struct GpuSweep {
 
   // The number of this thread in its block, which another one has, too, where two go over the same channels (see
   // gpu_pair.h).
-  static constexpr bool paired = Plan::staged == 2;
+  static constexpr bool paired = Plan::staged >= 2;
   SRU_FN unsigned thread() { return paired ? threadIdx.x % Plan::threads : threadIdx.x; }
 
   // The channels of this thread of a block, and the steps that exist: those of its sequence. The others are padding.
@@ -661,21 +661,27 @@ struct GpuSweep {
     const BackwardArguments<Cell> &f;
     const Span<reverse> &span;
     index_t last, start, copies;  // of a chunk of the forward: its first step, and the states kept of earlier ones
+    index_t left;                 // pieces of it
 
     SRU_MEMBER Pieces(const BackwardArguments<Cell> &f, const Span<reverse> &span)
         : f(f), span(span), last(span.end), start(0), copies(0) {
-      if (!Plan::saved_in_chunks || span.end <= span.begin) return;
-      const index_t chunk = (span.end - 1) / f.saved_chunk;
-      start = chunk * f.saved_chunk, copies = chunk * pieces(f.saved_chunk, f.given.every);
+      if (Plan::saved_in_chunks && span.end > span.begin) {
+        const index_t chunk = (span.end - 1) / f.saved_chunk;
+        start = chunk * f.saved_chunk, copies = chunk * pieces(f.saved_chunk, f.given.every);
+      }
+      left = unsigned(last - 1 - start) / unsigned(f.given.every) + 1;
     }
     SRU_MEMBER Piece next() {
       if (last <= span.begin) return {last, last, last, 0};
       const index_t every = f.given.every;
-      if (Plan::saved_in_chunks && last == start) start -= f.saved_chunk, copies -= pieces(f.saved_chunk, every);
-      const index_t piece = unsigned(last - 1 - start) / unsigned(every);
-      const index_t kept = clamp(start + piece * every, span.first, last), end = last;
+      if (Plan::saved_in_chunks && last == start) {
+        left = pieces(f.saved_chunk, every);
+        start -= f.saved_chunk, copies -= left;
+      }
+      left--;
+      const index_t kept = clamp(start + left * every, span.first, last), end = last;
       last = Plan::parallel ? clamp(kept, span.begin, last) : kept;
-      return {kept, last, end, copies + piece};
+      return {kept, last, end, copies + left};
     }
   };
 

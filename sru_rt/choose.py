@@ -20,6 +20,7 @@ from .shared_memory import (
     LAP,
     PAIRED_THREADS,
     activations,
+    chunk_of_tile,
     fewest_laps,
     lap_of_pairs,
     ring_bytes,
@@ -50,6 +51,12 @@ _WARM_UP = 64
 # are needed were found to cost some 5 %. Through a ring there a step took 1.5 to 2 us on an H200, divided by the steps
 # that were under way, wherever that is longer than a copy takes.
 _CAUTION, _CAUTION_IN_SHARED, _CAUTION_IN_RINGS = 1.5, 1.25, 2.25
+# Pairs of warps ask for a part of a piece at once. Where memory bounded them they took 1.3 to 1.4 times as long on an
+# H200 as its bandwidth has it, single ones 1.3 times with much else to wait for.
+_IN_BURSTS = 1.3
+# Instructions in the laps of a forward that looks ahead, of which blocks are at all points at once. On an H200 one of
+# 3900 (QRNN fo in bfloat16; 5100 as compiled) took 1.75 times as long as three kernels, one of 1100 (minGRU) less.
+_LONG_KERNEL = 3500
 _COPIES_SINCE = 80  # the first architecture with asynchronous copies
 _FEW = 192  # channels of a multiprocessor, below which pairs would leave too few warps
 _ALIKE = 1.02  # predictions that count as the same
@@ -79,7 +86,7 @@ class Task(NamedTuple):
     in_shared: bool = False  # whether recomputed states lie in shared memory
     one_kernel: bool = True  # rather than three, for chunks whose steps compose
     tile: int = 0  # steps of a tile, 0 if there is none
-    most_staged: int = 0  # pieces whose rows may be copied to shared memory: see cuda/gpu_stage.h
+    staged: tuple[int, ...] = (0,)  # pieces whose rows may be copied to shared memory: see cuda/gpu_stage.h
     laps: tuple[int, ...] = (0,)  # that a ring in shared memory may have: see cuda/gpu_ring.h
 
     @property
@@ -130,7 +137,8 @@ class Choice(NamedTuple):
         states = task.every * state_bytes(task.variant) if task.in_shared else 0
         channel = states + task.tile * sum(held)
         if self.staged:
-            known = activations(task.variant, task.every, self.threads * self.width) if self.staged == 2 else 0
+            channels = self.threads * self.width
+            known = activations(task.variant, task.every, self.staged, channels) if self.staged > 1 else 0
             channel = staged_bytes(task.variant, task.every, self.staged, known)
         if self.laps:
             channel = ring_bytes(task.variant, task.forward, self.laps)
@@ -201,24 +209,28 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     for width in (2, 1) if wide else (1,):
         threads = min(_threads(task, at / width, machine), task.block(width))
         replays, depths = _replays(task, width), _depths(task, task.sweep, _read(task, width), width)
-        for depth in depths if 0 in task.laps else ():
+        for depth in depths if 0 in task.laps and 0 in task.staged else ():
             choice = Choice(width, depth, replays[-1], 1, threads)
             found[choice] = _time(machine, choice.kernel(task), at).worst
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
-            usual_threads = PAIRED_THREADS if staged == 2 else _threads_in_shared(at / width)
+            usual_threads = PAIRED_THREADS if staged > 1 else _threads_in_shared(at / width)
             if fitting := min(usual_threads, task.block(width, staged, laps)):
-                lap = lap_of_pairs(task.every) if staged == 2 else LAP
+                lap = lap_of_pairs(task.every, staged) if staged > 1 else LAP
                 choice = Choice(width, lap, lap if staged else 1, 1, fitting, staged, laps)
                 times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]
-                overlap = laps > 0 or staged > 1
-                found[choice] = max((t.middle if overlap else t.worst) / more for t, more in zip(times, _LIKE))
-    if not found:  # no block has room for the ring that is asked for
-        return choose(task._replace(laps=(0,)), at, arch, multiprocessors)
+                if staged > 1:
+                    times = [t._replace(memory=_IN_BURSTS * t.memory) for t in times]
+                found[choice] = max((t.best if staged > 1 else t.middle) / more for t, more in zip(times, _LIKE))
+    if not found:  # no block has room for what is asked for
+        fewer = tuple(range(max(task.staged))) or (0,)
+        return choose(task._replace(laps=(0,), staged=fewer), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())
     # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
     few = at < _FEW
     alike = [choice for choice, seconds in found.items() if seconds <= most]
-    best = min(alike, key=lambda c: (-c.staged, c.laps == 0, c.width if few else -c.width, c.laps, c.depth))
+    best = min(
+        alike, key=lambda c: (c.staged == 0, c.staged, c.laps == 0, c.width if few else -c.width, c.laps, c.depth)
+    )
     if best.staged or best.laps:
         return best
     rings = {n: best._replace(replay_depth=n).kernel(task) for n in _replays(task, best.width)}
@@ -229,6 +241,19 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
     )
 
 
+@lru_cache(maxsize=256)
+def too_long(variant: Variant, arch: int, multiprocessors: int) -> bool:
+    """Whether a forward that looks ahead is so long that three kernels are faster: in pairs of channels, see above."""
+    any_saved = Variant(variant.cell, variant.dtype, state_dtype(variant.dtype), variant.wide)
+    pairs, tile = ITEMSIZE[variant.dtype] == 2, chunk_of_tile(any_saved, forward=True)
+    task = Task(any_saved, True, 0, parallel=True, pairs=pairs, tile=tile)
+    if not (pairs and task.looks_ahead):
+        return False
+    choice = choose(task, _LOAD_IN_CHUNKS, arch, multiprocessors)
+    first = choice.reduce_depth * _summaries(task, choice, choice.reduce_depth).instructions
+    return choice.width * (first + choice.depth * choice.kernel(task).instructions) > _LONG_KERNEL
+
+
 def _threads_in_shared(packs: float) -> int:
     """Blocks of two warps read longer lines at once, where there are enough of them for each multiprocessor."""
     return THREADS[1] if packs >= THREADS[1] else THREADS[0]
@@ -237,7 +262,7 @@ def _threads_in_shared(packs: float) -> int:
 def _in_shared(task: Task) -> Iterator[tuple[int, int]]:
     """Pieces that may be staged in shared memory, and laps that a ring may have there."""
     if not task.parallel:
-        yield from ((staged, 0) for staged in range(1, 1 + task.most_staged))
+        yield from ((staged, 0) for staged in task.staged if staged)
         yield from ((0, laps) for laps in task.laps if laps and laps >= fewest_laps(task.forward))
 
 

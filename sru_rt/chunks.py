@@ -83,7 +83,7 @@ def length(
     if time_parallel is False:
         return 0
     chosen = overrides.read()
-    one_kernel = overrides.in_one_kernel(chosen)
+    one_kernel = plan.in_one_kernel(variant, forward, device)
     return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), one_kernel)
 
 

@@ -29,6 +29,8 @@ _SHUFFLES = 5  # of a sum over a warp
 # Instructions: of an operation, of a step beside its operations, of a load, of a store, of a 16-bit value.
 _OPERATION, _STEP, _LOAD, _STORE, _HALF = 0.9, 4.0, 1.0, 1.2, 0.8
 _COPY, _AGAIN = 2.5, 5.0  # the same of a copy of 16 bytes to shared memory; of a step that has a ring of its own
+_ALONE = 2.6  # clocks of an instruction of a warp that has a scheduler nearly for itself, as measured on an H200
+_MEETING = 150  # clocks that two warps lose where they meet, likewise
 _OF = {"softplus_share": 19, "sigmoid": 4.4, "tanh": 15, "softplus": 14.5, "exp": 3, "log": 12, "sqrt": 8, "/": 8}
 _SPECIAL_OF = {"softplus_share": 3, "sigmoid": 2, "tanh": 2, "softplus": 2, "exp": 1, "log": 1, "sqrt": 1, "/": 1}
 _DOUBLE = 70  # instructions of a function in float64
@@ -52,24 +54,26 @@ def sweep(
     """A sweep over all steps or over those of a chunk; states are kept before every `every`-th step, 0: not at all.
 
     `held` are the sizes of what it reads from shared memory. If pieces are `staged` there, one is under way at least;
-    if one alone is, each begins with a latency, if two are, another warp recomputes the states. With `laps` all comes
+    if one alone is, each begins with a latency, if more are, another warp recomputes the states. With `laps` all comes
     through a ring in shared memory.
     """
     again = not forward and every > 1
     reads, writes = moved(variant, forward, every)
-    twice, paired = again and not staged, staged == 2
-    known = shared_memory.activations(variant, every, threads * width) if paired else 0
+    twice, paired = again and not staged, staged > 1
+    known = shared_memory.activations(variant, every, staged, threads * width) if paired else 0
     instructions, special = _instructions(variant, forward, width, known)
     most = 0.0
     if again:
         more, special_more = _recomputing(variant, known)
-        most = max(instructions, more) if paired else 0
+        most = max(instructions, more)
         instructions, special = instructions + more + (0 if staged else _AGAIN), special + special_more
     if staged:
         instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16
+        most = _ALONE * (most if paired else instructions)
     ahead = every if staged else depth
     if paired:
-        ahead = max(1, every - shared_memory.part_of_pairs(every))
+        part = shared_memory.part_of_pairs(every, staged)
+        ahead, most = max(1, (staged - 1) * every - part), most + _MEETING / part
     if laps:
         ahead = shared_memory.ahead(forward, laps)
         instructions += _COPY * sum(shared_memory.ring(variant, forward).values()) / 16
@@ -90,7 +94,7 @@ def sweep(
         else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
-        most=most,
+        most=most if staged else 0,
         special=special,
         chain=max(forwards, backwards) if paired else chain(variant.cell, forward, again),
         overlaps=staged > 0 or laps > 0,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from . import chunks, decode, overrides, predict, small
+from . import chunks, decode, overrides, plan, predict, small
 from .choose import Task, load
 from .machine import Device, of
 from .traffic import ITEMSIZE
@@ -39,7 +39,8 @@ def taken(variant: Variant, sizes: Sizes, d_in: int, chunk: int, time_parallel: 
     chosen = overrides.read()
     if "small" in chosen:
         return bool(chosen["small"])
-    return _pays(variant, block, sizes, d_in, chunk, overrides.in_one_kernel(chosen), device)
+    one_kernel = plan.in_one_kernel(variant, True, device)
+    return _pays(variant, block, sizes, d_in, chunk, one_kernel, device)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ def read() -> dict[str, int]:
         "threads": range(32, 1025, 32),
         "chunk": range(1, 1 << 31),
         "lookahead": (0, 1),
-        "staged": (0, 1, 2),
+        "staged": range(4),
         "laps": (0, *range(2, 17)),
         "warm_up": range(1, 1 << 31),
         "decode": (0, 1),
@@ -27,7 +27,7 @@ def read() -> dict[str, int]:
         if name not in limits or value not in limits[name]:
             raise ArgumentError(
                 f"SRU_RT_PLAN has {name}={value}; it takes width=1 or 2, depth=1..64, threads=32..1024 in steps of 32, "
-                "chunk=1 or more, lookahead=0 or 1, staged=0, 1 or 2, laps=0 or 2..16, warm_up=1 or more, decode=0 or "
+                "chunk=1 or more, lookahead=0 or 1, staged=0..3, laps=0 or 2..16, warm_up=1 or more, decode=0 or "
                 "1, small=0 or 1, separated by commas"
             )
     return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from . import abi, decode, layout, overrides, shared_memory, small
-from .choose import LAPS, THREADS, Task, choose, load, shoots, warm_up
+from .choose import LAPS, THREADS, Task, choose, load, shoots, too_long, warm_up
 from .errors import ArgumentError, LibraryError
 from .machine import Device
 from .shared_memory import (
@@ -73,7 +73,7 @@ class Plan:
     saved_in_chunks: bool = False
     in_tile: int = 0
     tile_bytes: int = 0  # of one step of a thread
-    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h, and of two gpu_pair.h
+    staged: int = 0  # pieces whose rows are copied to shared memory: see cuda/gpu_stage.h, and of more gpu_pair.h
     known: int = 0  # activations of a step that are kept beside recomputed states
     laps: int = 0  # of a ring in shared memory: see cuda/gpu_ring.h
     copied: int = 0  # channels that a thread copies at once to rows that are staged, or to a ring
@@ -98,7 +98,7 @@ class Plan:
     @property
     def paired(self) -> bool:
         """Whether two warps go over the same channels: see cuda/gpu_pair.h."""
-        return self.staged == 2
+        return self.staged >= 2
 
     @property
     def block(self) -> int:
@@ -139,6 +139,8 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         decodes = decode.has_kernel(variant.dtype, sizes, arguments.d_in)
         return _decoding(variant, arguments) if decodes else _of_small_layer(variant, arguments, device)
     key = _static(variant, arguments)
+    if key.lookahead and not in_one_kernel(variant, key.forward, device):
+        key = replace(key, lookahead=False)
     pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and layout.takes_pairs(variant, arguments)
     task = Task(
         variant,
@@ -149,15 +151,23 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         pairs=pairs,
         one_step=given.L == 1,
         in_shared=key.scratch_in_shared,
-        one_kernel=overrides.in_one_kernel(overrides.read()),
+        one_kernel=in_one_kernel(variant, key.forward, device),
         tile=tile_steps(given.chunk),
-        most_staged=_most_staged(variant, key, arguments, pairs),
+        staged=_pieces(variant, key, arguments, pairs),
         laps=_laps(variant, key, arguments),
     )
     at = load(given.B * given.D * given.d, device)
     choice = choose(task, at, device.arch, device.multiprocessors)
     own = given.B if _has_own_kernel(variant, key, device, given.B) else 0
     return _overridden(replace(key, **choice._asdict(), B=own), variant, arguments)
+
+
+def in_one_kernel(variant: Variant, forward: bool, device: Device) -> bool:
+    """Whether chunks of time go through one kernel where their steps compose, not three."""
+    chosen = overrides.read()
+    if "lookahead" in chosen or not forward:
+        return overrides.in_one_kernel(chosen)
+    return not too_long(variant, device.arch, device.multiprocessors)
 
 
 def _planned_for(given: abi.Given) -> int:
@@ -218,8 +228,9 @@ def shared_bytes(variant: Variant, plan: Plan, every: int, chunk: int = 0) -> in
     return plan.threads * (states + tile_steps(chunk) * plan.tile_bytes)
 
 
-def _most_staged(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward, pairs: bool) -> int:
-    """None where rows cannot be copied to shared memory four bytes at a time, two pieces where whole warps copy them.
+def _pieces(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backward, pairs: bool) -> tuple[int, ...]:
+    """How many may be staged: up to three where whole warps copy rows to shared memory, one where it can be done four
+    bytes at a time.
 
     Flags are read by warps that lie in one sequence, two for each thread.
     """
@@ -228,9 +239,10 @@ def _most_staged(variant: Variant, key: Plan, arguments: abi.Forward | abi.Backw
     fits = pairs or ITEMSIZE[variant.dtype] > 2
     flags = not (key.has_mask or key.has_reset) or (key.d % 64 == 0 and given.every <= 64)
     if not (recomputes and fits and flags):
-        return 0
-    most = 2 if by_warps(variant.dtype, given.d) and layout.reads_multiples(variant, arguments, 16) else 1
-    return min(most, overrides.read().get("staged", most))
+        return (0,)
+    most = 3 if by_warps(variant.dtype, given.d) and layout.reads_multiples(variant, arguments, 16) else 1
+    chosen = overrides.read().get("staged")
+    return tuple(range(most + 1)) if chosen is None else (min(chosen, most),)
 
 
 def by_warps(dtype: str, d: int) -> bool:
@@ -355,5 +367,5 @@ def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
         return replace(made, staged=0)
     copied = 16 // item if whole_warps else max(made.width, 4 // item)
     row = made.width * sum(held.values())
-    known = activations(variant, every, channels) if made.paired else 0
+    known = activations(variant, every, made.staged, channels) if made.paired else 0
     return replace(made, in_tile=sum(1 << i for i in held), tile_bytes=row, copied=copied, known=known)

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     registers: int = 32
     shared: int = 0  # bytes of a block
     instructions: float = 0
-    most: float = 0  # those of one warp, of several that share the work
+    most: float = 0  # clocks that one warp takes at least, of few on a scheduler
     special: float = 0  # those among them on the special function unit
     chain: float = 0  # clocks from the state before a step to the state after it
     path: float = 0  # clocks from what a step reads to all that it gives

@@ -1,8 +1,8 @@
 """What a block of a GPU holds in shared memory, and how much has room there.
 
 A tile is what a block of cuda/gpu_lookahead.h keeps of its chunk of time when it first reads it. A block that
-recomputes states holds them, and where they are staged the rows of one piece (cuda/gpu_stage.h), or rows and states of
-two (cuda/gpu_pair.h). Other sequential kernels may have a ring of laps there (cuda/gpu_ring.h).
+recomputes states holds them, and where they are staged the rows of one piece (cuda/gpu_stage.h), or the rows of two or
+three and the states of two (cuda/gpu_pair.h). Other sequential kernels may have a ring of laps there (cuda/gpu_ring.h).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from .variant import Variant
 
 SHARED_BYTES = 48 << 10  # of one block, on every architecture
 LAP = 8  # steps, of rows that are in shared memory
-_PARTS = 4  # of a piece: see cuda/gpu_pair.h
 PAIRED_THREADS = 32  # of a block that have a partner each: more pairs would need barriers, of which there are few
 # Steps of chunks that have a tile; what is read twice of longer ones comes from memory twice. The longest is that of
 # chunks whose length is given (see SRU_RT_PLAN): whether it is faster has not been measured.
@@ -32,15 +31,20 @@ def shared_channels(variant: Variant, every: int) -> int:
     return SHARED_BYTES // (every * state_bytes(variant))
 
 
-def lap_of_pairs(every: int) -> int:
-    """Steps that pairs of warps go through at once, of pieces of `every` steps in which they meet four times."""
-    return min(LAP, -(-every // _PARTS))
+def parts_of_pairs(pieces: int) -> int:
+    """How often pairs of warps meet in a piece of which so many are staged: see cuda/gpu_pair.h."""
+    return 4 if pieces == 2 else 1
 
 
-def part_of_pairs(every: int) -> int:
+def lap_of_pairs(every: int, pieces: int) -> int:
+    """Steps that they go through at once, of pieces of `every` steps: the more, the less they wait for."""
+    return min(LAP if pieces == 2 else 2 * LAP, -(-every // parts_of_pairs(pieces)))
+
+
+def part_of_pairs(every: int, pieces: int) -> int:
     """Steps after which they meet: whole laps."""
-    lap = lap_of_pairs(every)
-    return -(-every // (_PARTS * lap)) * lap
+    lap = lap_of_pairs(every, pieces)
+    return -(-every // (parts_of_pairs(pieces) * lap)) * lap
 
 
 def staged(variant: Variant) -> dict[int, int]:
@@ -50,19 +54,21 @@ def staged(variant: Variant) -> dict[int, int]:
 
 
 def staged_bytes(variant: Variant, every: int, pieces: int, known: int = 0) -> int:
-    """Of a channel of which `pieces` of `every` steps are staged, with states and so many activations of each step."""
-    step = sum(staged(variant).values()) + state_bytes(variant) + known * ITEMSIZE[state_dtype(variant.dtype)]
-    return every * pieces * step
+    """Of a channel of which `pieces` of `every` steps are staged; of two at most the states, and so many activations of
+    each step."""
+    each = state_bytes(variant) + known * ITEMSIZE[state_dtype(variant.dtype)]
+    return every * (pieces * sum(staged(variant).values()) + min(pieces, 2) * each)
 
 
-def activations(variant: Variant, every: int, channels: int) -> int:
-    """Those of a step for which a block of so many channels has room where two pieces are staged.
+def activations(variant: Variant, every: int, pieces: int, channels: int) -> int:
+    """Those of a step for which a block of so many channels has room where two or more pieces are staged.
 
     The same number for all pieces of up to `USUAL_EVERY` steps, and so on, as it is compiled in.
     """
     steps = -(-every // USUAL_EVERY) * USUAL_EVERY
-    room = SHARED_BYTES // (2 * steps * channels) - staged_bytes(variant, 1, 1)
-    return max(0, min(len(emit.activations(variant.cell)), room // ITEMSIZE[state_dtype(variant.dtype)]))
+    room = SHARED_BYTES // channels - staged_bytes(variant, steps, pieces)
+    each = 2 * steps * ITEMSIZE[state_dtype(variant.dtype)]
+    return max(0, min(len(emit.activations(variant.cell)), room // each))
 
 
 def staged_channels(variant: Variant, every: int, pieces: int) -> int:

@@ -236,14 +236,14 @@ SMALL: dict[str, tuple[Row, tuple[int, int, int], int, str, Way]] = {
         (23, 2, 64),
         1,
         "all",
-        Way("threads=32,width=1,depth=2", save=5),
+        Way("threads=32,width=1,depth=2,staged=2", save=5),
     ),
     "paired_reverse": (
         FULL["minlstm"] | {"dtype": "float32"},
         (11, 1, 32),
         2,
         "lengths",
-        Way("threads=32,width=1,depth=3", save=7),
+        Way("threads=32,width=1,depth=3,staged=3", save=7),
     ),
     "staged_by_neighbours": (
         FULL["qrnn"] | {"dtype": "bfloat16"},

@@ -249,7 +249,7 @@ def test_plans_of_the_matrix_differ():
     assert {made.reduce_reads_state for made in plans if made.parallel and not made.forward} == {False, True}
     recomputing = [made for made in plans if made.keep > 1 and not made.forward]
     assert {made.scratch_in_shared for made in recomputing} == {False, True}
-    assert {made.staged for made in recomputing} == {0, 1, 2}
+    assert {made.staged for made in recomputing} == {0, 1, 2, 3}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

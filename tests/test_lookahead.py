@@ -106,7 +106,7 @@ def test_rows_are_read_from_memory_or_from_a_tile(place, cell, monkeypatch):
     """Chunks of more than 128 steps, wide blocks and blocks without shared memory read all rows twice."""
     problem, results = Problem.make(CELLS[cell] | {"dtype": "float16"}, (70, 2, 6), 1, "all"), {}
     for threads, room in ((32, 48 << 10), (32, 0), (512, 48 << 10)):
-        monkeypatch.setenv("SRU_RT_PLAN", f"threads={threads},chunk=32")
+        monkeypatch.setenv("SRU_RT_PLAN", f"threads={threads},chunk=32,lookahead=1")
         monkeypatch.setattr(shared_memory, "SHARED_BYTES", room)
         forget_kernels()
         results[threads, room] = run(place, problem, time_parallel=True)

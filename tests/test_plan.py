@@ -98,11 +98,11 @@ def test_any_plan_can_be_run(cell, dtype, sizes, forward, every, device, mask, r
         assert not p.scratch_in_shared and shared == p.threads * p.width * p.laps * 8 * row
     else:
         assert p.scratch_in_shared is not plan.needs_scratch(variant(cell, dtype), every)
-        # Rows lie beside them where they are staged; of two pieces all that is known.
+        # Rows lie beside them where they are staged; of two pieces all that is known, by two warps.
         rows = traffic.ITEMSIZE[dtype] * (len(cell.gates) + len(cell.inputs) + 1) * p.staged
-        states = traffic.ITEMSIZE[state_dtype(dtype)] * p.scratch_in_shared * (1 + p.known) * max(1, p.staged)
+        states = traffic.ITEMSIZE[state_dtype(dtype)] * p.scratch_in_shared * (1 + p.known) * min(2, max(1, p.staged))
         assert shared == every * p.threads * p.width * (rows + states)
-        assert p.block == p.threads * (2 if p.staged == 2 else 1) and p.block <= 1024
+        assert p.block == p.threads * (2 if p.staged > 1 else 1) and p.block <= 1024
 
 
 @pytest.fixture
@@ -360,27 +360,39 @@ RECOMPUTED = {"forward": False, "every": 32}
 BACK = {"forward": False, "every": 1}
 
 
-@pytest.mark.parametrize("dtype, held, row, known", [("float32", 0b11111, 20, 0), ("bfloat16", 0b11111, 10, 1)])
-def test_rows_are_staged(dtype, held, row, known):
-    """With the forget gate where there is room for it, too."""
-    p = made(dtype, **RECOMPUTED)
-    assert (p.staged, p.in_tile, p.tile_bytes, p.known) == (2, held, row, known)
-    assert (p.width, p.threads, p.block) == (1, 32, 64)
-    assert plan.shared_bytes(variant(dtype=dtype), p, 32) == 32 * 32 * 2 * (row + 4 + 4 * known)
-    assert p.depth == p.replay_depth == 8
+@pytest.mark.parametrize(
+    "dtype, staged, threads, known, depth",
+    [("float32", 1, 64, 0, 8), ("float32", 2, 32, 0, 8), ("bfloat16", 3, 32, 1, 16)],
+)
+def test_rows_are_staged(dtype, staged, threads, known, depth, monkeypatch):
+    """With the forget gate where there is room for it, too. Two pieces are asked for."""
+    monkeypatch.setenv("SRU_RT_PLAN", "staged=2" if staged == 2 else "")
+    p, row = made(dtype, **RECOMPUTED), 5 * traffic.ITEMSIZE[dtype]
+    assert (p.staged, p.in_tile, p.tile_bytes, p.known) == (staged, 0b11111, row, known)
+    assert (p.width, p.threads, p.block) == (1, threads, 64)
+    states = min(staged, 2) * (4 + 4 * known)
+    assert plan.shared_bytes(variant(dtype=dtype), p, 32) == 32 * threads * (staged * row + states)
+    assert p.depth == p.replay_depth == depth
 
 
-@pytest.mark.parametrize("every, known", [(2, 2), (31, 2), (32, 2), (33, 0), (64, 0)])
-def test_activations_are_kept_where_there_is_room(every, known):
+@pytest.mark.parametrize("staged", [2, 3])
+@pytest.mark.parametrize("every, known", [(2, 2), (31, 2), (32, 2), (33, 0), (48, 0)])
+def test_activations_are_kept_where_there_is_room(staged, every, known, monkeypatch):
     """In pieces of 32 steps, or of twice as many, for shorter ones, too."""
+    monkeypatch.setenv("SRU_RT_PLAN", f"staged={staged}")
     p = made("bfloat16", cell=CELLS["qrnn"], forward=False, every=every)
-    assert (p.staged, p.known) == (2, known)
+    assert (p.staged, p.known) == (staged, known)
 
 
 def test_wider_blocks_have_room_for_fewer_activations(monkeypatch):
-    monkeypatch.setenv("SRU_RT_PLAN", "width=2")
+    monkeypatch.setenv("SRU_RT_PLAN", "width=2,staged=2")
     p = made("bfloat16", cell=CELLS["mingru_positive"], forward=False, every=32)
     assert (p.staged, p.width, p.known) == (2, 2, 0)
+
+
+def test_more_pieces_than_there_is_room_for(monkeypatch):
+    monkeypatch.setenv("SRU_RT_PLAN", "staged=3")
+    assert made("float32", **RECOMPUTED).staged in (1, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -390,11 +402,18 @@ def test_short_sequences_have_the_kernel_of_long_ones(dtype):
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize("every, depth", [(2, 1), (5, 2), (8, 2), (16, 4), (28, 7), (29, 8), (32, 8), (64, 8)])
-def test_pairs_meet_in_a_piece(every, depth):
-    """Four times at least, so that rows of the next piece but one are on their way long before they are needed."""
+@pytest.mark.parametrize(
+    "staged, every, depth",
+    [
+        *((2, every, depth) for every, depth in ((2, 1), (5, 2), (8, 2), (16, 4), (28, 7), (29, 8), (32, 8), (64, 8))),
+        *((3, every, depth) for every, depth in ((2, 2), (5, 5), (15, 15), (16, 16), (17, 16), (32, 16), (48, 16))),
+    ],
+)
+def test_pairs_meet_in_a_piece(staged, every, depth, monkeypatch):
+    """Four times at least, or at its end, so that rows are on their way long before they are needed."""
+    monkeypatch.setenv("SRU_RT_PLAN", f"staged={staged}")
     p = made("bfloat16", cell=CELLS["mingru"], forward=False, every=every)
-    assert (p.staged, p.depth, p.replay_depth) == (2, depth, depth)
+    assert (p.staged, p.depth, p.replay_depth) == (staged, depth, depth)
 
 
 def test_a_block_is_one_pair(monkeypatch):
@@ -431,12 +450,12 @@ def test_where_rows_are_not_staged(other):
         (dict(dtype="float64"), 1),
         (dict(dtype="float16", every=54), 2),
         (dict(dtype="float16", every=55), 1),
-        (dict(every=2), 2),
+        (dict(every=2), 3),
         (dict(every=34), 1),
         (dict(every=64), 1),
-        (dict(device=Device(80, 108)), 2),
-        (dict(saved_chunk=64), 2),
-        (dict(mask=True, reset=True), 2),
+        (dict(dtype="bfloat16", device=Device(80, 108)), 2),
+        (dict(dtype="bfloat16", saved_chunk=64), 3),
+        (dict(dtype="bfloat16", mask=True, reset=True), 3),
         (dict(every=65, dtype="bfloat16"), 1),
         (dict(cell=CELLS["sru_v_per_step_dropout"]), 1),
     ],

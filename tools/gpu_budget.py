@@ -199,7 +199,7 @@ def measure(entry: Entry) -> dict[str, Any]:
 def warps(arch: int, kernel: dict[str, Any]) -> int:
     """Warps that a multiprocessor has room for."""
     sizes = {name: kernel[name] for name in ("threads", "registers", "shared")}
-    of_channels = 2 if kernel.get("staged") == 2 else 1
+    of_channels = 2 if kernel.get("staged", 0) > 1 else 1
     usual = machine.usual(arch, machine.USUAL_MULTIPROCESSORS[arch])
     blocks = predict.occupancy(usual, predict.Kernel(0, 0, warps=of_channels, **sizes))
     return blocks * of_channels * kernel["threads"] // 32
