@@ -4,7 +4,8 @@
 //
 // Shared memory holds the rows of two or three pieces, the states of the two at hand, and as many activations of their
 // steps as there is room for, which need not be computed twice. The warp that recomputes goes through the pieces, last
-// piece first; while it replays one, the other warp goes back over the piece before, and both meet when they are done.
+// piece first; while it replays one, the other warp goes back over the one replayed before, and both meet when they are
+// done.
 //
 // With room for three, rows of the next piece but one take the places of the piece that the other warp has left, all at
 // once, and have a piece's time to arrive. With room for two, both meet four times in a piece, and rows of the next

@@ -1,8 +1,8 @@
 // The backward that recomputes states, with the rows of a piece staged in shared memory: each is read from global
 // memory once, for both sweeps over it. As the second one goes back over a piece, rows of the next piece take the
 // places of those that it is done with, each that of the row as far from the end of its own piece. What has been asked
-// for last is needed first, so that a piece begins with a latency to wait for; where there is room for two pieces,
-// gpu_pair.h does better.
+// for last is needed first, so that a piece begins with a latency to wait for. Where there is room for two pieces, and
+// few warps, gpu_pair.h does better.
 //
 // Where warps lie in one sequence and arrays at multiples of 16 bytes, the threads of a warp copy for each other, 16
 // bytes at once: some of them a row, the next ones the next. A copy has four bytes at least: else two neighbours do,
@@ -88,9 +88,9 @@ struct GpuStage {
     static constexpr bool upwards = first_first != reverse;  // in time
     typename Sweep::template Reader<reverse, upwards> from;
     const Io *dh;
-    unsigned char *to;
+    unsigned char *to = nullptr;
     index_t dh_step, step;  // `step` of the direction is the next row, of which this thread copies one behind it
-    int stride, left;
+    int stride = 0, left = 0;
 
     SRU_MEMBER Copies(const BackwardArguments<Cell> &f, const Part &at, const Span<reverse> &span, const Piece &piece)
         : from(f.given, copied_by(at), span.time(first_of(piece) + (first_first ? row_of_mine() : -row_of_mine()))),

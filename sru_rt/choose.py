@@ -52,13 +52,14 @@ _WARM_UP = 64
 # that were under way, wherever that is longer than a copy takes.
 _CAUTION, _CAUTION_IN_SHARED, _CAUTION_IN_RINGS = 1.5, 1.25, 2.25
 # Pairs of warps ask for a part of a piece at once. Where memory bounded them they took 1.3 to 1.4 times as long on an
-# H200 as its bandwidth has it, single ones 1.3 times with much else to wait for.
+# H200 as its bandwidth has it, single warps 1.3 times with much else to wait for.
 _IN_BURSTS = 1.3
 # Instructions in the laps of a forward that looks ahead, of which blocks are at all points at once. On an H200 one of
-# 3900 (QRNN fo in bfloat16; 5100 as compiled) took 1.75 times as long as three kernels, one of 1100 (minGRU) less.
+# 3900 (QRNN fo in bfloat16; 5100 as compiled) took 1.7 times as long as three kernels, one of 1100 (minGRU) less. On
+# GPUs with shorter latencies rings are shorter, and no forward is so long.
 _LONG_KERNEL = 3500
 _COPIES_SINCE = 80  # the first architecture with asynchronous copies
-_FEW = 192  # channels of a multiprocessor, below which pairs would leave too few warps
+_FEW = 192  # channels of a multiprocessor, below which pairs of channels would leave too few warps
 _ALIKE = 1.02  # predictions that count as the same
 _STEPS = 1 << 20  # so many that what comes before the first one does not count
 # What kernels that are parallel over time are planned for, whatever the sizes: chunks of time fill the machine, with
@@ -225,7 +226,7 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         fewer = tuple(range(max(task.staged))) or (0,)
         return choose(task._replace(laps=(0,), staged=fewer), at, arch, multiprocessors)
     most = _ALIKE * min(found.values())
-    # Of those that are alike, pairs take fewer instructions, and single channels give more warps where these are few.
+    # Of those that are alike, two channels take fewer instructions, and single ones give more warps where they are few.
     few = at < _FEW
     alike = [choice for choice, seconds in found.items() if seconds <= most]
     best = min(

@@ -1,9 +1,9 @@
 """Decides whether a recurrence on a GPU runs in parallel over time, and in chunks of how many steps.
 
-The steps of a chunk follow each other, and chunks run at once: see cuda/gpu_lookahead.h and cuda/gpu_shoot.h. Results
-of the former are rounded otherwise than those of the sequential kernels, by how time is cut, so nothing here depends on
-what is kept for a backward. What is faster the model of `predict` says, by the load alone (see `choose`), so that
-`calls` can list what may be compiled.
+The steps of a chunk follow each other, and chunks run at once: see cuda/gpu_lookahead.h, gpu_scan.h and gpu_shoot.h.
+Results of the former two are rounded otherwise than those of the sequential kernels, by how time is cut, so nothing
+here depends on what is kept for a backward. What is faster the model of `predict` says, by the load alone (see
+`choose`), so that `calls` can list what may be compiled.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def counted_in(cell: Cell, chunk: int) -> int:
 def carried(cell: Cell, forward: bool, sizes: tuple[int, int, int, int], chunk: int) -> int:
     """Elements of the scratch for what chunks of `sizes` L, B, D, d leave to each other, in the dtype of the state.
 
-    For each chunk, three states where it guesses; or A and b, and where one kernel composes them a state, and of up to
-    32 channels a word, with one more in all: see cuda/gpu_lookahead.h.
+    For each chunk, three states where it guesses; or A and b, and unless SRU_RT_PLAN has three kernels what one needs
+    beside them: a state, and of up to 32 channels a word, with one more in all (see cuda/gpu_lookahead.h).
     """
     (L, B, D, d), n = sizes, len(cell.state)
     rows, words = n * (n + 1), 0
@@ -83,8 +83,8 @@ def length(
     if time_parallel is False:
         return 0
     chosen = overrides.read()
-    one_kernel = plan.in_one_kernel(variant, forward, device)
-    return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), one_kernel)
+    ways = plan.in_one_kernel(variant, forward, device), overrides.in_one_kernel(chosen)
+    return _length(variant, sizes, forward, time_parallel, device, chosen.get("chunk", 0), *ways)
 
 
 @lru_cache(maxsize=4096)
@@ -96,16 +96,17 @@ def _length(
     device: Device,
     chosen: int,
     one_kernel: bool,
+    of_tile: bool,
 ) -> int:
     L, B, D, d = sizes
     if L < 2 or not B * D * d or not possible(variant.cell, forward):
         return 0
     task = _task(variant, forward, d, one_kernel)
     at = _MIDDLE * load(B * D * d, device)
-    chunk = _fitting(L, chosen) if chosen else _best(task, L, D * d, at, device)
+    chunk = _fitting(L, chosen) if chosen else _best(task, L, D * d, at, device, of_tile)
     if chunk >= L:
         return 0
-    return chunk if time_parallel is True or _pays(task, L, chunk, D * d, at, device) else 0
+    return chunk if time_parallel is True or _pays(task, L, chunk, D * d, at, device, of_tile) else 0
 
 
 def _fitting(L: int, chunk: int) -> int:
@@ -124,12 +125,12 @@ def _task(variant: Variant, forward: bool, d: int, one_kernel: bool = True) -> T
 
 
 @lru_cache(maxsize=1024)
-def _best(task: Task, L: int, row: int, at: float, device: Device) -> int:
-    """That of a tile; else the power of two that the model finds fastest, within limits and below L if there is one.
+def _best(task: Task, L: int, row: int, at: float, device: Device, of_tile: bool) -> int:
+    """The power of two that the model finds fastest, within limits and below L if there is one.
 
-    `row` is D*d.
+    If it is to be `of_tile`, and steps compose, that of a tile. `row` is D*d.
     """
-    if task._replace(parallel=True).looks_ahead:
+    if of_tile and not shoots(task.variant.cell, task.forward):
         return _fitting(L, chunk_of_tile(task.variant, task.forward))
     shortest = _fitting(L, _SHORTEST)
     longest = max(shortest, min(_LONGEST, L - 1))
@@ -138,15 +139,15 @@ def _best(task: Task, L: int, row: int, at: float, device: Device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _pays(task: Task, L: int, chunk: int, row: int, at: float, device: Device) -> bool:
+def _pays(task: Task, L: int, chunk: int, row: int, at: float, device: Device, of_tile: bool) -> bool:
     """Whether the model finds it faster than a thread that takes all steps, in long sequences too."""
     alone, cut = (
         predict.together(times)[1]
         for times in (sequential(task, L, row, at, device), in_chunks(task, L, chunk, row, at, device))
     )
-    longer = _fitting(_MANY, chunk) if L >= _MANY else _best(task, _MANY, row, at, device)
+    longer = _fitting(_MANY, chunk) if L >= _MANY else _best(task, _MANY, row, at, device, of_tile)
     enough = _WORTH_A_GUESS if shoots(task.variant.cell, task.forward) else _WORTH_CHUNKS
-    return cut < enough * alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device))
+    return cut < enough * alone and (L >= _MANY or _pays(task, _MANY, longer, row, at, device, of_tile))
 
 
 def sequential(task: Task, L: float, row: int, at: float, device: Device) -> Iterator[predict.Time]:

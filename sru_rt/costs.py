@@ -62,18 +62,18 @@ def sweep(
     twice, paired = again and not staged, staged > 1
     known = shared_memory.activations(variant, every, staged, threads * width) if paired else 0
     instructions, special = _instructions(variant, forward, width, known)
-    most = 0.0
+    pace = 0.0
     if again:
         more, special_more = _recomputing(variant, known)
-        most = max(instructions, more)
+        pace = max(instructions, more)
         instructions, special = instructions + more + (0 if staged else _AGAIN), special + special_more
     if staged:
         instructions += _COPY * sum(shared_memory.staged(variant).values()) / 16
-        most = _ALONE * (most if paired else instructions)
+        pace = _ALONE * width * (pace if paired else instructions)
     ahead = every if staged else depth
     if paired:
-        part = shared_memory.part_of_pairs(every, staged)
-        ahead, most = max(1, (staged - 1) * every - part), most + _MEETING / part
+        part = min(every, shared_memory.part_of_pairs(every, staged))
+        ahead, pace = max(1, (staged - 1) * every - part), pace + _MEETING / part
     if laps:
         ahead = shared_memory.ahead(forward, laps)
         instructions += _COPY * sum(shared_memory.ring(variant, forward).values()) / 16
@@ -94,8 +94,8 @@ def sweep(
         else _registers(variant, forward, again, width, depth, replay_depth, _words(held, width)),
         shared=shared,
         instructions=instructions,
-        most=most if staged else 0,
         special=special,
+        pace=pace if staged else 0,
         chain=max(forwards, backwards) if paired else chain(variant.cell, forward, again),
         overlaps=staged > 0 or laps > 0,
         path=path(variant.cell, forward, again),

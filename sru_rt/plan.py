@@ -18,6 +18,7 @@ from .shared_memory import (
     PAIRED_THREADS,
     activations,
     fewest_laps,
+    lap_of_pairs,
     ring,
     ring_bytes,
     ring_channels,
@@ -138,9 +139,8 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         sizes = given.L, given.B, given.D, given.d
         decodes = decode.has_kernel(variant.dtype, sizes, arguments.d_in)
         return _decoding(variant, arguments) if decodes else _of_small_layer(variant, arguments, device)
-    key = _static(variant, arguments)
-    if key.lookahead and not in_one_kernel(variant, key.forward, device):
-        key = replace(key, lookahead=False)
+    key, one_kernel = _static(variant, arguments), in_one_kernel(variant, isinstance(arguments, abi.Forward), device)
+    key = replace(key, lookahead=key.lookahead and one_kernel)
     pairs = ITEMSIZE[variant.dtype] == 2 and given.d % 2 == 0 and layout.takes_pairs(variant, arguments)
     task = Task(
         variant,
@@ -151,7 +151,7 @@ def plan(variant: Variant, arguments: abi.Forward | abi.Backward, device: Device
         pairs=pairs,
         one_step=given.L == 1,
         in_shared=key.scratch_in_shared,
-        one_kernel=in_one_kernel(variant, key.forward, device),
+        one_kernel=one_kernel,
         tile=tile_steps(given.chunk),
         staged=_pieces(variant, key, arguments, pairs),
         laps=_laps(variant, key, arguments),
@@ -357,14 +357,18 @@ def _in_ring(made: Plan, variant: Variant) -> Plan:
 
 
 def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
-    """The plan with as many pieces staged as it says, if a block has room for them."""
+    """The plan with as many pieces staged as it says, or as a block has room for."""
     held, item = staged(variant), ITEMSIZE[variant.dtype]
     whole_warps = made.d % (32 * made.width) == 0 and layout.reads_multiples(variant, arguments, 16)
     channels, every = made.threads * made.width, arguments.given.every
-    if not whole_warps or made.threads > PAIRED_THREADS or channels > staged_channels(variant, every, made.staged):
-        made = replace(made, staged=1)
-    if channels > staged_channels(variant, every, made.staged):
-        return replace(made, staged=0)
+    most = made.staged if whole_warps and made.threads <= PAIRED_THREADS else min(made.staged, 1)
+    fitting = next((n for n in range(most, 0, -1) if channels <= staged_channels(variant, every, n)), 0)
+    if fitting < made.staged and "depth" not in overrides.read():
+        lap = lap_of_pairs(every, fitting) if fitting > 1 else LAP
+        made = replace(made, depth=lap, replay_depth=lap)
+    made = replace(made, staged=fitting)
+    if not fitting:
+        return made
     copied = 16 // item if whole_warps else max(made.width, 4 // item)
     row = made.width * sum(held.values())
     known = activations(variant, every, made.staged, channels) if made.paired else 0

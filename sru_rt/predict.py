@@ -33,8 +33,8 @@ class Kernel(NamedTuple):
     registers: int = 32
     shared: int = 0  # bytes of a block
     instructions: float = 0
-    most: float = 0  # clocks that one warp takes at least, of few on a scheduler
-    special: float = 0  # those among them on the special function unit
+    special: float = 0  # instructions on the special function unit
+    pace: float = 0  # clocks of a warp, with all its channels, that has a scheduler nearly for itself
     chain: float = 0  # clocks from the state before a step to the state after it
     path: float = 0  # clocks from what a step reads to all that it gives
     overlaps: bool = True  # whether steps are computed while a warp waits: others of its own, or those of many warps
@@ -126,7 +126,7 @@ def sweep(machine: Machine, kernel: Kernel, channels: float, steps: float) -> Ti
             fullest * k.threads * k.width * steps * (moved + k.again) / machine.port_bandwidth,
         ),
         in_flight=in_flight,
-        issue=max(work * k.instructions, k.width * steps * k.most) / clock,
+        issue=max(work * k.instructions, waves * steps * k.pace) / clock,
         special=work * SCHEDULERS * 32 * k.special / machine.special_rate,
         chain=waves * steps * k.chain / clock,
         refill=waves * steps / k.every * k.refills * machine.latency / scheduled,

@@ -42,7 +42,7 @@ def lap_of_pairs(every: int, pieces: int) -> int:
 
 
 def part_of_pairs(every: int, pieces: int) -> int:
-    """Steps after which they meet: whole laps."""
+    """Steps after which they meet: whole laps, but for the end of a piece."""
     lap = lap_of_pairs(every, pieces)
     return -(-every // (parts_of_pairs(pieces) * lap)) * lap
 

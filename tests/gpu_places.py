@@ -102,6 +102,7 @@ def forget_kernels() -> None:
     launch_gpu.device_facts.cache_clear()
     plan._batches.clear()
     choose.choose.cache_clear()
+    choose.too_long.cache_clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

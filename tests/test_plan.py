@@ -385,9 +385,9 @@ def test_activations_are_kept_where_there_is_room(staged, every, known, monkeypa
 
 
 def test_wider_blocks_have_room_for_fewer_activations(monkeypatch):
-    monkeypatch.setenv("SRU_RT_PLAN", "width=2,staged=2")
+    monkeypatch.setenv("SRU_RT_PLAN", "width=2")
     p = made("bfloat16", cell=CELLS["mingru_positive"], forward=False, every=32)
-    assert (p.staged, p.width, p.known) == (2, 2, 0)
+    assert (p.staged, p.depth, p.width, p.known) == (2, 8, 2, 0)  # of three planned pieces with activations
 
 
 def test_more_pieces_than_there_is_room_for(monkeypatch):
@@ -414,6 +414,22 @@ def test_pairs_meet_in_a_piece(staged, every, depth, monkeypatch):
     monkeypatch.setenv("SRU_RT_PLAN", f"staged={staged}")
     p = made("bfloat16", cell=CELLS["mingru"], forward=False, every=every)
     assert (p.staged, p.depth, p.replay_depth) == (staged, depth, depth)
+
+
+@pytest.mark.parametrize("cell", ["sru", "qrnn", "mingru"])
+def test_pieces_of_no_whole_laps_are_as_good(cell):
+    plans = [made("bfloat16", cell=CELLS[cell], forward=False, every=every) for every in (16, 17, 20, 24, 31, 32)]
+    assert {(p.staged, p.depth) for p in plans} == {(3, 16)}
+
+
+def test_a_second_turn_of_blocks_counts():
+    """Of pairs, which a multiprocessor has room for four of."""
+    cell = CELLS["sru_tanh"]
+    held = {B: made("bfloat16", (2048, B, 1, 1024), cell=cell, forward=False, every=32) for B in (16, 20)}
+    assert held[16].staged == 3
+    for B, p in held.items():
+        shared = plan.shared_bytes(variant(cell, "bfloat16"), p, 32) + 1024
+        assert p.grid(B)[0] <= 132 * (228 * 1024 // shared)
 
 
 def test_a_block_is_one_pair(monkeypatch):
@@ -453,7 +469,7 @@ def test_where_rows_are_not_staged(other):
         (dict(every=2), 3),
         (dict(every=34), 1),
         (dict(every=64), 1),
-        (dict(dtype="bfloat16", device=Device(80, 108)), 2),
+        (dict(dtype="bfloat16", device=Device(80, 108), sizes=(2048, 8, 1, 1024)), 3),
         (dict(dtype="bfloat16", saved_chunk=64), 3),
         (dict(dtype="bfloat16", mask=True, reset=True), 3),
         (dict(every=65, dtype="bfloat16"), 1),
@@ -713,6 +729,24 @@ def test_the_decision_does_not_depend_on_what_is_kept():
 def test_states_kept_of_chunks(L, cut, every, expected):
     kept = {start + n for start in range(0, L, cut) for n in range(0, cut, every) if start + n < L}
     assert chunks.kept(L, cut, every) == len(kept) == expected
+
+
+def test_long_forwards_in_chunks_go_by_three_kernels(monkeypatch):
+    """Of the same chunks, as what is kept for a backward depends on these."""
+    sizes = (65536, 1, 1, 1024)
+    kernels = {
+        (name, dtype, device): made(dtype, sizes, device=device, cell=CELLS[name], chunk=64).kernels[0]
+        for name in ("qrnn", "mingru")
+        for dtype in ("bfloat16", "float32")
+        for device in (H200, Device(86, 84))
+    }
+    assert [key for key, first in kernels.items() if first != "clear"] == [("qrnn", "bfloat16", H200)]
+    assert chunks.length(variant(CELLS["qrnn"], "bfloat16"), sizes, True, "auto", H200) == 64
+    for chosen, first in ("lookahead=1", "clear"), ("lookahead=0", "reduce"):
+        monkeypatch.setenv("SRU_RT_PLAN", chosen)
+        assert {made("bfloat16", sizes, cell=CELLS[name], chunk=64).kernels[0] for name in ("qrnn", "mingru")} == {
+            first
+        }
 
 
 @pytest.mark.parametrize("forward", [True, False])

@@ -267,7 +267,7 @@ def taken(entry: Entry, kernel: dict[str, Any]) -> predict.Kernel:
     shared = {name: kernel.get(name, 0) for name in ("staged", "laps")}
     found = costs.sweep(variant, forward, every, **{name: kernel[name] for name in names}, **shared)
     counted = {"registers": kernel["registers"], "instructions": kernel["instructions"], "special": kernel["mufu"]}
-    return found._replace(most=found.most * kernel["instructions"] / found.instructions, **counted)
+    return found._replace(pace=found.pace * kernel["instructions"] / found.instructions, **counted)
 
 
 def predicted(entry: Entry, kernel: dict[str, Any]) -> predict.Time:
