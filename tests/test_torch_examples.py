@@ -319,7 +319,7 @@ def test_two_processes_train_agree_and_load_what_they_saved(tmp_path: Path, opti
     options = ["--steps", "30", "--hidden", "32", "--checkpoint", str(tmp_path / "checkpoint"), *option]
     command = [*torchrun, str(EXAMPLES / "torch_ddp.py"), *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     falls = re.search(r"^training loss ([\d.]+), after 30 steps ([\d.]+)$", result.stdout, re.MULTILINE)
     held = re.search(r"rank 0 holds ([\d,]+) parameters$", result.stdout, re.MULTILINE)
     valid = re.search(r"^validation loss ([\d.]+), then ([\d.]+), on all ranks the same$", result.stdout, re.MULTILINE)
