@@ -22,7 +22,7 @@ from .shared_memory import (
     activations,
     chunk_of_tile,
     fewest_laps,
-    lap_of_pairs,
+    lap_of_staged,
     ring_bytes,
     ring_channels,
     shared_channels,
@@ -216,7 +216,7 @@ def choose(task: Task, at: float, arch: int, multiprocessors: int) -> Choice:
         for staged, laps in _in_shared(task) if arch >= _COPIES_SINCE else ():
             usual_threads = PAIRED_THREADS if staged > 1 else _threads_in_shared(at / width)
             if fitting := min(usual_threads, task.block(width, staged, laps)):
-                lap = lap_of_pairs(task.every, staged) if staged > 1 else LAP
+                lap = lap_of_staged(task.every, staged) if staged else LAP
                 choice = Choice(width, lap, lap if staged else 1, 1, fitting, staged, laps)
                 times = [_time(of_rings if laps else less, choice.kernel(task), at * more) for more in _LIKE]
                 if staged > 1:

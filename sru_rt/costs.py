@@ -72,7 +72,7 @@ def sweep(
         pace = _ALONE * width * (pace if paired else instructions)
     ahead = every if staged else depth
     if paired:
-        part = min(every, shared_memory.part_of_pairs(every, staged))
+        part = shared_memory.part_of_pairs(every, staged)
         ahead, pace = max(1, (staged - 1) * every - part), pace + _MEETING / part
     if laps:
         ahead = shared_memory.ahead(forward, laps)

@@ -18,7 +18,7 @@ from .shared_memory import (
     PAIRED_THREADS,
     activations,
     fewest_laps,
-    lap_of_pairs,
+    lap_of_staged,
     ring,
     ring_bytes,
     ring_channels,
@@ -363,8 +363,8 @@ def _staged(made: Plan, variant: Variant, arguments: abi.Backward) -> Plan:
     channels, every = made.threads * made.width, arguments.given.every
     most = made.staged if whole_warps and made.threads <= PAIRED_THREADS else min(made.staged, 1)
     fitting = next((n for n in range(most, 0, -1) if channels <= staged_channels(variant, every, n)), 0)
-    if fitting < made.staged and "depth" not in overrides.read():
-        lap = lap_of_pairs(every, fitting) if fitting > 1 else LAP
+    if fitting and fitting < made.staged and "depth" not in overrides.read():
+        lap = lap_of_staged(every, fitting)
         made = replace(made, depth=lap, replay_depth=lap)
     made = replace(made, staged=fitting)
     if not fitting:

@@ -36,15 +36,20 @@ def parts_of_pairs(pieces: int) -> int:
     return 4 if pieces == 2 else 1
 
 
-def lap_of_pairs(every: int, pieces: int) -> int:
-    """Steps that they go through at once, of pieces of `every` steps: the more, the less they wait for."""
+def lap_of_staged(every: int, pieces: int) -> int:
+    """Steps that are gone through at once, of so many staged pieces of `every` steps.
+
+    By pairs at most those of a part. The more, the less is waited for.
+    """
+    if pieces == 1:
+        return LAP
     return min(LAP if pieces == 2 else 2 * LAP, -(-every // parts_of_pairs(pieces)))
 
 
 def part_of_pairs(every: int, pieces: int) -> int:
     """Steps after which they meet: whole laps, but for the end of a piece."""
-    lap = lap_of_pairs(every, pieces)
-    return -(-every // (parts_of_pairs(pieces) * lap)) * lap
+    lap = lap_of_staged(every, pieces)
+    return min(every, -(-every // (parts_of_pairs(pieces) * lap)) * lap)
 
 
 def staged(variant: Variant) -> dict[int, int]:
