@@ -1,5 +1,4 @@
-// One token of a few sequences: U = W x and the step of the recurrence in one kernel. (Compiled and emulated, not yet
-// run on a GPU.)
+// One token of a few sequences: U = W x and the step of the recurrence in one kernel.
 //
 // A warp forms the gates of one channel, for all sequences. Each lane reads every 32nd line of the channel's rows of
 // the weight, into a ring of registers that is filled before anything waits, while the block fetches x into shared
